@@ -1,0 +1,179 @@
+"""The base model: U-Net, VAE, text encoder, tokenizer and noise schedule of Stable Diffusion 1.x / 2.x."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from antidreambooth.defaults import Defaults
+
+
+class Posterior(NamedTuple):
+    """Latents of images before sampling: a diagonal Gaussian, already multiplied by the VAE's scaling factor."""
+
+    mean: Float[Tensor, "n c h w"]
+    std: Float[Tensor, "n c h w"]
+
+    def sample(self, noise: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """One draw; ``noise`` is standard normal."""
+        return self.mean + self.std * noise
+
+    def rows(self, index: Tensor | slice) -> Posterior:
+        """The posterior of some of the images."""
+        return Posterior(self.mean[index], self.std[index])
+
+
+class Backbone(nn.Module):
+    """Everything that a latent diffusion model consists of (arXiv:2112.10752), with the formulas that tie it together.
+
+    Weights are fp32 masters; run the methods under ``torch.autocast`` for speed. Losses are reduced in fp32.
+
+    Args:
+        unet: noise predictor.
+        vae: image autoencoder; never trained here.
+        text_encoder: CLIP text model.
+        tokenizer: its tokenizer.
+        scheduler: noise schedule; its ``prediction_type`` is ``epsilon`` or ``v_prediction``.
+        defaults: what this model wants where the user says nothing.
+    """
+
+    alphas_cumprod: Tensor
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        scheduler: DDPMScheduler,
+        defaults: Defaults | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
+        self.tokenizer, self.scheduler = tokenizer, scheduler
+        self.defaults = defaults or Defaults()
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.clone(), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def timesteps(self) -> int:
+        """T, the length of the noise schedule."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of an image per latent, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def encode(self, images: Float[Tensor, "n 3 h w"]) -> Posterior:
+        """Images in [-1, 1] to the posterior of their latents."""
+        posterior = self.vae.encode(images).latent_dist
+        scale = self.vae.config.scaling_factor
+        return Posterior(posterior.mean.float() * scale, posterior.std.float() * scale)
+
+    @torch.no_grad()
+    def encode_all(self, images: Float[Tensor, "n 3 h w"], micro_batch: int) -> Posterior:
+        """As ``encode``, without gradients and with at most ``micro_batch`` images at a time."""
+        parts = [self.encode(part) for part in images.split(micro_batch)]
+        return Posterior(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
+
+    def embed(self, prompts: list[str]) -> Float[Tensor, "p length width"]:
+        """Prompts to the text encoder's last hidden states, padded or truncated to the tokenizer's length."""
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
+        return cast(Tensor, self.text_encoder(tokens.to(self.alphas_cumprod.device))[0])
+
+    def add_noise(
+        self, latents: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], noise: Float[Tensor, "n c h w"]
+    ) -> Float[Tensor, "n c h w"]:
+        """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) e (arXiv:2006.11239, equation 4)."""
+        signal, spread = self._levels(timesteps)
+        return signal * latents + spread * noise
+
+    def target(
+        self, latents: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], noise: Float[Tensor, "n c h w"]
+    ) -> Float[Tensor, "n c h w"]:
+        """What the U-Net should predict: e, or v = sqrt(abar_t) e - sqrt(1 - abar_t) z (arXiv:2202.00512)."""
+        if self.scheduler.config.prediction_type == "epsilon":
+            return noise
+        signal, spread = self._levels(timesteps)
+        return signal * noise - spread * latents
+
+    def denoising_loss(
+        self,
+        latents: Float[Tensor, "n c h w"],
+        timesteps: Int[Tensor, " n"],
+        noise: Float[Tensor, "n c h w"],
+        embeddings: Float[Tensor, "n length width"],
+    ) -> Float[Tensor, " n"]:
+        """L(x; w, c) = || u(z_t, t, c) - target ||^2, the mean over each image's latent, in fp32."""
+        noisy = self.add_noise(latents, timesteps, noise)
+        prediction = self.unet(noisy, timesteps, embeddings).sample
+        error = prediction.float() - self.target(latents, timesteps, noise)
+        return error.square().mean(dim=(1, 2, 3))
+
+    def _levels(self, timesteps: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        abar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes activations in the backward pass, everywhere, instead of keeping them."""
+        self.unet.enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
+        self.text_encoder.gradient_checkpointing_enable()
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """A diffusers pipeline around these very modules, with a DDIM sampler and no progress bar."""
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=DDIMScheduler.from_config(self.scheduler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all weights and the noise schedule: which model this is, whatever its folder is called."""
+        digest = hashlib.sha256()
+        tensors = {**self.state_dict(), "alphas_cumprod": self.alphas_cumprod}
+        for name in sorted(tensors):
+            digest.update(name.encode())
+            digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No gradient reaches the module's weights inside: PGD needs the pixels' only (a third of the backward pass)."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

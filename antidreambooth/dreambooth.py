@@ -1,0 +1,110 @@
+"""DreamBooth (arXiv:2208.12242): its settings and its loss, for the surrogate and for the victim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from antidreambooth.backbone import Backbone, Posterior
+from antidreambooth.defaults import Defaults, given
+from antidreambooth.objectives import Draw
+from antidreambooth.timesteps import Uniform
+
+
+@dataclass(frozen=True)
+class PriorPreservation:
+    """DreamBooth's second loss, on images of the class (arXiv:2208.12242, Section 3.2).
+
+    Args:
+        weight: its weight; 0 switches it off. The backbone's own when not given: 1 as published, embedded: 0.
+        class_prompt: what the class images show. The backbone's own when not given: "a photo of person",
+            embedded: "a photo of a person".
+        images: class images, sampled once from the untouched backbone and cached.
+    """
+
+    weight: float | None = None
+    class_prompt: str | None = None
+    images: int = 200
+
+
+@dataclass(frozen=True)
+class DreamBooth:
+    """How a surrogate trains (arXiv:2208.12242; the values of arXiv:2303.15433, Section 5.1).
+
+    Args:
+        learning_rate: of AdamW. The backbone's own when not given: 5e-7 as published, embedded: 2e-4.
+        steps: optimizer steps in each phase of a round.
+        batch_size: instance images in a step. The backbone's own when not given: 1 as published, embedded: 2.
+        weight_decay: of AdamW.
+        instance_prompt: names the person by a rare identifier.
+        train_text_encoder: whether the text encoder learns too.
+        gradient_checkpointing: less memory for about a third more time.
+        prior: prior preservation.
+    """
+
+    learning_rate: float | None = None
+    steps: int = 3
+    batch_size: int | None = None
+    weight_decay: float = 1e-2
+    instance_prompt: str = "a photo of sks person"
+    train_text_encoder: bool = True
+    gradient_checkpointing: bool = False
+    prior: PriorPreservation = field(default_factory=PriorPreservation)
+
+    def completed(self, defaults: Defaults) -> DreamBooth:
+        """The same settings with the backbone's own values where none were given."""
+        prior = replace(
+            self.prior,
+            weight=given(self.prior.weight, defaults.prior_weight),
+            class_prompt=given(self.prior.class_prompt, defaults.class_prompt),
+        )
+        return replace(
+            self,
+            learning_rate=given(self.learning_rate, defaults.learning_rate),
+            batch_size=given(self.batch_size, defaults.batch_size),
+            prior=prior,
+        )
+
+
+def dreambooth_loss(
+    backbone: Backbone,
+    training: DreamBooth,
+    instances: Posterior,
+    classes: Posterior | None,
+    generator: torch.Generator,
+) -> Float[Tensor, ""]:
+    """L(x_instance; instance prompt) + weight L(x_class; class prompt) (arXiv:2208.12242, equation 2), one batch."""
+    prompts, posterior, count = [training.instance_prompt], instances, len(instances.mean)
+    if classes is not None:
+        prompts.append(given(training.prior.class_prompt, backbone.defaults.class_prompt))
+        posterior = Posterior(torch.cat([instances.mean, classes.mean]), torch.cat([instances.std, classes.std]))
+    draw = Draw.sample(backbone, posterior.mean.shape, Uniform(), generator)
+    embeddings = backbone.embed(prompts).repeat_interleave(count, dim=0)
+    latents = posterior.sample(draw.posterior_noise)
+    losses = backbone.denoising_loss(latents, draw.timesteps, draw.noise, embeddings)
+    if classes is None:
+        return losses.mean()
+    return losses[:count].mean() + given(training.prior.weight, backbone.defaults.prior_weight) * losses[count:].mean()
+
+
+def trainable(backbone: Backbone, training: DreamBooth) -> list[nn.Module]:
+    """The parts of the backbone that DreamBooth trains."""
+    return [backbone.unet, backbone.text_encoder] if training.train_text_encoder else [backbone.unet]
+
+
+@contextmanager
+def training_mode(backbone: Backbone, training: DreamBooth) -> Iterator[None]:
+    """The trained parts in training mode, which dropout and transformers' gradient checkpointing look at."""
+    parts = trainable(backbone, training)
+    for part in parts:
+        part.train()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.eval()

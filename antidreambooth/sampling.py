@@ -1,0 +1,40 @@
+"""Pictures from a model: what a surrogate, a victim or the untouched base model shows for a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from antidreambooth.backbone import Backbone
+
+
+@torch.no_grad()
+def sample(
+    backbone: Backbone,
+    prompt: str,
+    noise: Float[Tensor, "n c h w"],
+    guidance_scale: float | None = None,
+    steps: int | None = None,
+) -> UInt8[Tensor, "n 3 H W"]:
+    """Pictures of a prompt from given noise, in 8 bits; the backbone's own guidance and steps when not given."""
+    images = backbone.pipeline()(
+        prompt=[prompt] * len(noise),
+        latents=noise,
+        guidance_scale=backbone.defaults.guidance_scale if guidance_scale is None else guidance_scale,
+        num_inference_steps=steps or backbone.defaults.sampling_steps,
+        output_type="pt",
+    ).images
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def noise_of(backbone: Backbone, resolution: int, indices: Iterable[int], seed: int) -> Float[Tensor, "n c h w"]:
+    """Starting noise that depends on each picture's index only, whatever it is sampled together with."""
+    side = resolution // backbone.downscale
+    shape = (backbone.latent_channels, side, side)
+    words = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] for index in indices]
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(word))) for word in words]
+    return torch.stack(noise).to(backbone.alphas_cumprod.device)

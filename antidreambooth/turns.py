@@ -1,0 +1,42 @@
+"""Which round it is and for whom: the one seed rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Turn:
+    """All that a round's randomness and its choice of images depend on, so that resuming needs no saved random state.
+
+    Args:
+        number: rounds done before this one.
+        seed: the run's seed.
+        rank: this process among ``ranks``.
+        ranks: processes that work on the same photos.
+    """
+
+    number: int
+    seed: int = 0
+    rank: int = 0
+    ranks: int = 1
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A fresh source of noise for this round."""
+        (word,) = np.random.SeedSequence([self.seed, self.rank, self.number]).generate_state(1, np.uint64)
+        return torch.Generator(device).manual_seed(int(word))
+
+    def batches(self, steps: int, size: int, count: int) -> list[Int[Tensor, " size"]]:
+        """Which of ``count`` images this rank trains on in each step of a phase.
+
+        The index goes on from round to round and from rank to rank, so that every image gets its turn; the
+        published code starts every phase at image 0.
+        """
+        first = self.number * steps
+        starts = [((first + step) * self.ranks + self.rank) * size for step in range(steps)]
+        return [torch.arange(start, start + size) % count for start in starts]

@@ -1,0 +1,54 @@
+"""The trainable weights: lent for a phase, stepped, given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Weights:
+    """The trainable weights and their optimizer: lent out, stepped, and rid of moments.
+
+    Args:
+        parameters: what is trained.
+        optimizer: over these parameters.
+        backward: computes their gradients from a loss; a training framework brings its own.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        optimizer: Optimizer,
+        backward: Callable[[Tensor], object] = Tensor.backward,
+    ) -> None:
+        self.parameters, self.optimizer, self.backward = parameters, optimizer, backward
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """theta' for as long as the context lasts, theta again afterwards: bit for bit a deep copy, at half its cost."""
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(value)
+            torch.clear_autocast_cache()
+
+    def step(self, loss: Float[Tensor, ""]) -> None:
+        """One optimizer step; leaves no gradient behind."""
+        self.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        # Autocast keeps its low-precision copies of the weights until its context ends, which is a whole round here:
+        # without this, every later step of the round would see the weights of the first.
+        torch.clear_autocast_cache()
+
+    def forget(self) -> None:
+        """Back to zero moments: the published algorithm makes a fresh AdamW for every phase."""
+        self.optimizer.state.clear()

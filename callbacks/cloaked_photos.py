@@ -1,0 +1,125 @@
+"""The result: cloaked photos, the manifest, the comparison picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from antidreambooth.errors import InputError
+from antidreambooth.evaluation.quality import cloak_quality
+from antidreambooth.photos import Photo, cloaked_names, to_8bit, to_float, write_atomically, write_png
+from antidreambooth.records import versions
+from callbacks.comparison import comparison
+from callbacks.pictures import show
+
+
+class CloakedPhotos(Callback):
+    """Writes ``cloaked/*.png``, ``manifest.json`` and ``comparison.png``, and on the way ``progress/round-NNN/``.
+
+    Args:
+        every_n_epochs: rounds (epochs) between two looks at the photos so far; 0 switches them off.
+    """
+
+    def __init__(self, every_n_epochs: int = 10) -> None:
+        self.every_n_epochs = every_n_epochs
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds out before any work whether the results can be written, and would not mix with another run's."""
+        if not trainer.is_global_zero:
+            return
+        root = Path(trainer.default_root_dir)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root):
+                pass
+            free = shutil.disk_usage(root).free
+        except OSError as error:
+            raise InputError(
+                f"nothing can be written to {root}: {error.strerror}; "
+                "choose another folder with --trainer.default_root_dir"
+            ) from error
+        photos: list[Photo] = trainer.datamodule.photos  # type: ignore[attr-defined]
+        looks = 3 + (trainer.max_epochs or 0) // self.every_n_epochs if self.every_n_epochs else 3
+        needed = looks * sum(photo.pixels.numel() for photo in photos)
+        if free < needed:
+            raise InputError(
+                f"the disk that holds {root} has {free / 2**20:.0f} MiB free, the results need about "
+                f"{needed / 2**20:.0f} MiB; make room or choose another folder with --trainer.default_root_dir"
+            )
+        self._refuse_to_mix(root, names(photos))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The photos so far, when they are due."""
+        number = trainer.current_epoch + 1
+        if not self.every_n_epochs or number % self.every_n_epochs or not trainer.is_global_zero:
+            return
+        photos, cloaked = self._cloaked(trainer, pl_module)
+        for name, picture in zip(names(photos), cloaked, strict=True):
+            write_png(Path(trainer.default_root_dir) / "progress" / f"round-{number:03d}" / name, picture)
+        show(trainer, "cloaked", cloaked, columns=4)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The result."""
+        self._write(trainer, pl_module, complete=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """What there is, when the run is told to stop."""
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and pl_module.perturbation.numel():
+            self._write(trainer, pl_module, complete=False)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, complete: bool) -> None:
+        if not trainer.is_global_zero:
+            return
+        root = Path(trainer.default_root_dir)
+        photos, cloaked = self._cloaked(trainer, pl_module)
+        entries: list[dict[str, Any]] = []
+        for photo, name, picture in zip(photos, names(photos), cloaked, strict=True):
+            write_png(root / "cloaked" / name, picture)
+            quality = cloak_quality(photo.pixels, picture)
+            entries.append({"source": photo.name, "sha256": photo.sha256, "cloaked": f"cloaked/{name}", **quality})
+        budget = int(pl_module.attack.budget)
+        write_png(root / "comparison.png", comparison([photo.pixels for photo in photos], list(cloaked), budget))
+        record = pl_module.record()
+        manifest = {
+            "settings": {
+                **record["settings"],
+                "max_epochs": trainer.max_epochs,
+                "ranks": trainer.world_size,
+                "clean_photos": record["clean_photos"],
+            },
+            "versions": versions(),
+            "seed": record["seed"],
+            "rounds": trainer.current_epoch,
+            "photos": entries,
+            "complete": complete,
+        }
+        write_atomically(root / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+
+    @staticmethod
+    def _cloaked(trainer: Trainer, pl_module: LightningModule) -> tuple[list[Photo], Tensor]:
+        photos: list[Photo] = trainer.datamodule.photos  # type: ignore[attr-defined]
+        originals = torch.stack([photo.pixels for photo in photos])
+        images = to_float(originals) + pl_module.perturbation.cpu()
+        return photos, to_8bit(images, originals, pl_module.attack.budget)
+
+    @staticmethod
+    def _refuse_to_mix(root: Path, expected: list[str]) -> None:
+        strangers = sorted({file.name for file in (root / "cloaked").glob("*.png")} - set(expected))
+        if strangers:
+            raise InputError(
+                f"{root / 'cloaked'} holds photos that are not of this run ({', '.join(strangers)}): "
+                "delete that folder or choose another one with --trainer.default_root_dir"
+            )
+
+
+def names(photos: list[Photo]) -> list[str]:
+    """The cloaked files' names, in the photos' order."""
+    return cloaked_names([photo.name for photo in photos])

@@ -1,0 +1,51 @@
+"""The photos to protect and the clean ones that serve as reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from antidreambooth.photos import Photo, load_photos, to_float
+from antidreambooth.rounds import Photos
+
+
+class Protection(LightningDataModule):
+    """A person's photos: set B, to be cloaked, and set A, the clean reference that the surrogate learns.
+
+    Photos are decoded upright and in sRGB, cropped to the centred square and scaled to the resolution. An epoch is one
+    batch that holds them all.
+
+    Args:
+        photos: folder (or single file) of photos to protect.
+        clean_photos: folder of other photos of the same person, for reference; the originals themselves when not given.
+        resolution: side in pixels; taken from the model on the command line.
+    """
+
+    def __init__(self, photos: str = "examples/photos", clean_photos: str | None = None, resolution: int = 512) -> None:
+        super().__init__()
+        self.source, self.clean_source, self.resolution = photos, clean_photos, resolution
+        self.photos: list[Photo] = []
+        self.clean: list[Photo] = []
+
+    def setup(self, stage: str) -> None:
+        """Decodes every photo, so that a bad one is found before a model is loaded."""
+        if self.photos:
+            return
+        self.photos = load_photos(Path(self.source), self.resolution)
+        self.clean = load_photos(Path(self.clean_source), self.resolution) if self.clean_source else self.photos
+
+    def train_dataloader(self) -> DataLoader[Photos]:
+        """One batch: originals and clean photos in [-1, 1]."""
+        batch = Photos(*(to_float(torch.stack([p.pixels for p in photos])) for photos in (self.photos, self.clean)))
+        return DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+
+    def record(self) -> dict[str, Any]:
+        """Which photos these are, by content: a folder may move."""
+        return {
+            "photos": {photo.name: photo.sha256 for photo in self.photos},
+            "clean_photos": {photo.name: photo.sha256 for photo in self.clean},
+        }

@@ -1,0 +1,6 @@
+"""Phases and hooks: how Lightning runs the engine's rounds."""
+
+from lightning_modules.aspl import ASPL
+from lightning_modules.cloaking import Cloaking
+
+__all__ = ["ASPL", "Cloaking"]
