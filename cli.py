@@ -1,62 +1,108 @@
-"""The command line: ``python cli.py fit -c configs/aspl.yaml``; ``--help`` explains the rest."""
+"""The command line: ``python cli.py fit -c configs/aspl.yaml``; the README says how to ask for each flag's meaning."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
-import callbacks
-import datamodules
-import lightning_modules  # noqa: F401 (class names on the command line resolve to what is imported)
+import callbacks  # noqa: F401 (class names on the command line resolve to what is imported)
+import datamodules  # noqa: F401
+import lightning_modules  # noqa: F401
 from antidreambooth.errors import InputError
 from antidreambooth.loading import read_defaults
 
-
-def below(folder: str) -> object:
-    return lambda root: str(Path(root) / folder)
+TRAINER = {
+    "enable_model_summary": False,
+    "log_every_n_steps": 1,
+    "logger": {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": ".", "name": "", "version": "tensorboard"},
+    },
+    "plugins": [{"class_path": "lightning_modules.AtomicCheckpointIO"}],
+    "use_distributed_sampler": False,  # every rank holds all photos
+}
+CHECKPOINT = {"filename": "last", "every_n_epochs": 10, "enable_version_counter": False}
+EXPECTED = (  # warnings about what is meant to be so
+    ".*in eval mode at the start of training.*",
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*LeafSpec.*is deprecated.*",
+)
 
 
 class CommandLine(LightningCLI):
-    """LightningCLI that keeps everything of a run in its folder."""
+    """LightningCLI that keeps all of a run in its folder."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One checkpoint in a fixed place, one TensorBoard log, the resolution that the model asks for."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.filename": "last", "checkpoint.every_n_epochs": 10, "checkpoint.enable_version_counter": False})
-        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=below("checkpoints"))
+        parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT.items()})
+        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
         parser.link_arguments("trainer.default_root_dir", "trainer.logger.init_args.save_dir")
         parser.link_arguments("model.resolution", "data.init_args.resolution", apply_on="instantiate")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Also shows the terms of a model that has some, before anything else."""
+        super().parse_arguments(parser, args)
+        backbone = self.config.get(f"{self.config.subcommand}.model.init_args.backbone")
+        if backbone is not None and (notice := read_defaults(backbone).notice):
+            show(notice)
+
     def _parse_ckpt_path(self) -> None:
-        """Nothing: a checkpoint's settings are compared with the given ones, they never replace them."""
+        """Does nothing: a checkpoint's settings are compared with the given ones, they never replace them."""
+
+
+def checkpoint_folder(root: str | None) -> str:
+    """Where the checkpoint of a run is kept."""
+    return str(Path(root or ".") / "checkpoints")
+
+
+@rank_zero_only
+def show(line: str) -> None:
+    """Prints a line, once."""
+    print(line, flush=True)
+
+
+def no_advertisement(record: logging.LogRecord) -> bool:
+    """Drops Lightning's tips about a cloud service."""
+    return "Tip:" not in record.getMessage()
 
 
 def main(args: ArgsType = None) -> None:
-    """Runs a command; an error that is the user's to mend ends it in one line."""
+    """Runs a command; an error that is the user's to mend ends it with one line."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    options: dict[str, Any] = {"subclass_mode_model": True, "subclass_mode_data": True, "seed_everything_default": 0}
     try:
-        CommandLine(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": ".", "name": "", "version": "tensorboard"}},
-                "use_distributed_sampler": False,
-                "log_every_n_steps": 1,
-            },
-            args=args,
-        )
+        with warnings.catch_warnings():
+            for message in EXPECTED:
+                warnings.filterwarnings("ignore", message)
+            CommandLine(
+                LightningModule,
+                LightningDataModule,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults=TRAINER,
+                args=args,
+                **options,
+            )
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(
+            f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; older files are untouched"
+        )
 
 
 if __name__ == "__main__":

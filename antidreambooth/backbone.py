@@ -136,10 +136,9 @@ class Backbone(nn.Module):
         return abar.sqrt(), (1 - abar).sqrt()
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recomputes activations in the backward pass, everywhere, instead of keeping them."""
+        """Recomputes activations of the U-Net and the VAE in the backward pass (the text encoder's are small)."""
         self.unet.enable_gradient_checkpointing()
         self.vae.enable_gradient_checkpointing()
-        self.text_encoder.gradient_checkpointing_enable()
 
     def pipeline(self) -> StableDiffusionPipeline:
         """A diffusers pipeline around these very modules, with a DDIM sampler and no progress bar."""

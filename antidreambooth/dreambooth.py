@@ -94,12 +94,13 @@ def dreambooth_loss(
 
 def trainable(backbone: Backbone, training: DreamBooth) -> list[nn.Module]:
     """The parts of the backbone that DreamBooth trains."""
-    return [backbone.unet, backbone.text_encoder] if training.train_text_encoder else [backbone.unet]
+    parts: list[nn.Module] = [backbone.unet]
+    return [*parts, backbone.text_encoder] if training.train_text_encoder else parts
 
 
 @contextmanager
 def training_mode(backbone: Backbone, training: DreamBooth) -> Iterator[None]:
-    """The trained parts in training mode, which dropout and transformers' gradient checkpointing look at."""
+    """The trained parts in training mode, as dropout wants it."""
     parts = trainable(backbone, training)
     for part in parts:
         part.train()

@@ -77,6 +77,9 @@ def load_backbone(name: str, revision: str | None = None, variant: str | None = 
         defaults=read_defaults(name),
     )
     _check(backbone, name)
+    for parameter in backbone.parameters():
+        # Out of the memory-mapped file: its tensors lie at any byte, and matrix products round by alignment.
+        parameter.data = parameter.data.clone()
     return backbone
 
 

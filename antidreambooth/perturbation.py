@@ -25,7 +25,7 @@ def alone(gradient: Tensor) -> Tensor:
 def project(
     images: Float[Tensor, "n 3 h w"], originals: Float[Tensor, "n 3 h w"], radius: float
 ) -> Float[Tensor, "n 3 h w"]:
-    """The images nearest to ``images`` within ``radius`` of ``originals`` (l-inf), all in [-1, 1] (arXiv:1706.06083)."""
+    """Nearest images within ``radius`` of ``originals`` (l-inf), all in [-1, 1] (arXiv:1706.06083)."""
     return images.clamp((originals - radius).clamp(min=-1), (originals + radius).clamp(max=1))
 
 
@@ -41,7 +41,8 @@ def pixel_gradient(
 
     Memory grows with ``micro_batch``, not with the number of images; the result does not depend on it.
     """
-    gradients, values = [], []
+    gradients: list[Tensor] = []
+    values: list[Tensor] = []
     for start in range(0, len(images), micro_batch):
         rows = slice(start, start + micro_batch)
         pixels = images[rows].detach().requires_grad_()
@@ -73,11 +74,18 @@ class PGD:
 
     def __post_init__(self) -> None:
         if not 1 <= self.budget <= 255:
-            raise InputError(f"the budget is in 8-bit steps, from 1 to 255 (the paper's is about 6.4): got {self.budget}")
+            raise InputError(
+                f"the budget is in 8-bit steps, from 1 to 255 (the paper's is about 6.4): got {self.budget}"
+            )
         if self.step_size is not None and not 0 < self.step_size <= 255:
             raise InputError(f"the step size is in 8-bit steps, above 0: got {self.step_size}")
         if self.steps < 0 or self.micro_batch < 1:
             raise InputError(f"pgd_steps >= 0 and micro_batch >= 1, got {self.steps} and {self.micro_batch}")
+
+    @property
+    def effective_step_size(self) -> float:
+        """Change per step, in 8-bit steps."""
+        return self.budget / 10 if self.step_size is None else self.step_size
 
     def __call__(
         self,
@@ -87,8 +95,7 @@ class PGD:
         generator: torch.Generator,
     ) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, ""]]:
         """Moves ``cloaked`` by ``steps`` steps; returns it and the objective's mean over the steps."""
-        radius = self.budget * STEP
-        step = (self.budget / 10 if self.step_size is None else self.step_size) * STEP
+        radius, step = self.budget * STEP, self.effective_step_size * STEP
         backbone = surrogate.backbone
         total = torch.zeros((), device=originals.device)
         with frozen(backbone):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from antidreambooth.turns import Turn
 from antidreambooth.weights import Weights
 
 
+@runtime_checkable
 class Surrogate(Protocol):
     """A model to take pixel gradients through."""
 
@@ -49,7 +50,7 @@ class Alternating:
         self.training = training.completed(backbone.defaults)
 
     def borrowed(self) -> AbstractContextManager[None]:
-        """theta' for as long as the context lasts."""
+        """Theta' for as long as the context lasts."""
         return self.weights.borrowed()
 
     def learn(self, instances: Posterior, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:

@@ -30,7 +30,7 @@ class Weights:
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """theta' for as long as the context lasts, theta again afterwards: bit for bit a deep copy, at half its cost."""
+        """Theta' as long as the context lasts, theta afterwards: bit for bit a deep copy, at half its cost."""
         kept = [parameter.detach().clone() for parameter in self.parameters]
         try:
             yield

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from antidreambooth.photos import Photo, cloaked_names, to_8bit, to_float, write
 from antidreambooth.records import versions
 from callbacks.comparison import comparison
 from callbacks.pictures import show
+from callbacks.room import require_room, require_writable
 
 
 class CloakedPhotos(Callback):
@@ -36,25 +35,18 @@ class CloakedPhotos(Callback):
         if not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=root):
-                pass
-            free = shutil.disk_usage(root).free
-        except OSError as error:
-            raise InputError(
-                f"nothing can be written to {root}: {error.strerror}; "
-                "choose another folder with --trainer.default_root_dir"
-            ) from error
         photos: list[Photo] = trainer.datamodule.photos  # type: ignore[attr-defined]
+        require_writable(root)
         looks = 3 + (trainer.max_epochs or 0) // self.every_n_epochs if self.every_n_epochs else 3
-        needed = looks * sum(photo.pixels.numel() for photo in photos)
-        if free < needed:
-            raise InputError(
-                f"the disk that holds {root} has {free / 2**20:.0f} MiB free, the results need about "
-                f"{needed / 2**20:.0f} MiB; make room or choose another folder with --trainer.default_root_dir"
-            )
+        require_room(root, looks * sum(photo.pixels.numel() for photo in photos))
         self._refuse_to_mix(root, names(photos))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for the checkpoint, whose size is known now: the old one stays until the new one is there."""
+        if trainer.is_global_zero and trainer.checkpoint_callback is not None:
+            size = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
+            existing = sum(file.stat().st_size for file in Path(trainer.default_root_dir).glob("checkpoints/*.ckpt"))
+            require_room(Path(trainer.default_root_dir), 2 * size - existing)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The photos so far, when they are due."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
@@ -84,7 +83,7 @@ class ASPL(Cloaking):
         """AdamW over what the surrogate trains."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         settings = self.training_settings
-        return AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
     def round(self, photos: Photos, cloaked: Tensor) -> Outcome:
         """One alternation."""

@@ -103,10 +103,14 @@ class Cloaking(LightningModule):
 
     def record(self) -> dict[str, Any]:
         """What determines the result, as plain values: for the manifest, and to refuse to go on with other settings."""
-        settings = {
-            "model": {"class": type(self).__name__, **describe(dict(self.hparams)), "backbone_sha256": self.fingerprint},
-            "precision": self.trainer.precision,
+        effective = {
+            "resolution": self.resolution,
+            "step_size": self.attack.effective_step_size,
+            "objective": self.attack.objective,
+            "backbone_sha256": self.fingerprint,
         }
+        model = {"class": type(self).__name__, **describe({**self.hparams, **effective})}
+        settings = {"model": model, "precision": self.trainer.precision}
         data = getattr(self.trainer, "datamodule", None)
         return {"seed": self.seed, "settings": settings, **(data.record() if data is not None else {})}
 

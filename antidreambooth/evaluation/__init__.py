@@ -1,0 +1,1 @@
+"""What is measured, of cloaks and of victims."""

@@ -1,0 +1,39 @@
+"""Whether a folder can take what a run will write."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from antidreambooth.errors import InputError
+
+FIX = "choose another folder with --trainer.default_root_dir"
+
+
+def require_writable(folder: Path) -> None:
+    """Creates the folder and a file in it, which is gone again at once.
+
+    Raises:
+        InputError: that does not work.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        raise InputError(f"nothing can be written to {folder}: {error.strerror}; {FIX}") from error
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Looks for ``needed`` bytes on the folder's disk.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"the disk of {folder} has {free / 2**20:.0f} MiB free, this run needs about {needed / 2**20:.0f} MiB: "
+            f"make room, or {FIX}"
+        )

@@ -1,0 +1,44 @@
+"""Checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from antidreambooth.errors import InputError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the old checkpoint and renames.
+
+    Lightning's own goes through the system's temporary folder: where that is another disk, a kill in the middle of the
+    copy leaves half a checkpoint; and it holds two more copies in memory.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Saves; an older checkpoint at ``path`` stays whole until the new one is on the disk.
+
+        Raises:
+            InputError: the disk is full or the folder not writable.
+        """
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        # torch raises RuntimeError when the disk fills up while it writes.
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise InputError(
+                f"the checkpoint {target} cannot be written: {reason}; "
+                "an older one there is untouched: make room and go on with --ckpt_path last"
+            ) from error

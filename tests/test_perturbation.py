@@ -1,0 +1,141 @@
+"""Projection, pixel gradient, PGD."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antidreambooth.errors import InputError
+from antidreambooth.objectives import Denoising
+from antidreambooth.perturbation import PGD, STEP, pixel_gradient, project
+from antidreambooth.photos import to_8bit, to_float
+from antidreambooth.turns import Turn
+from tests.conftest import random_images
+
+
+@given(seed=st.integers(0, 2**31), budget=st.floats(0, 300), spread=st.floats(0.001, 3))
+@settings(max_examples=60, deadline=None)
+def test_projection_is_feasible_idempotent_and_nearest(seed, budget, spread):
+    originals = to_float(random_images(2, 4, seed))
+    images = originals + spread * torch.randn(originals.shape, generator=torch.Generator().manual_seed(seed))
+    radius = budget * STEP
+    projected = project(images, originals, radius)
+    assert projected.abs().max() <= 1
+    assert (projected - originals).abs().max() <= radius + 1e-6
+    assert torch.equal(project(projected, originals, radius), projected)
+    inside = ((images - originals).abs() <= radius) & (images.abs() <= 1)
+    assert torch.equal(projected[inside], images[inside])
+    assert ((projected - images).abs() <= (originals - images).abs() + 1e-6).all()
+
+
+@given(seed=st.integers(0, 2**31), budget=st.floats(1, 64))
+@settings(max_examples=40, deadline=None)
+def test_budget_survives_projection_and_rounding(seed, budget):
+    originals = random_images(2, 4, seed)
+    images = to_float(originals)
+    moved = project(images + torch.randn(images.shape).sign(), images, budget * STEP)
+    written = to_8bit(moved, originals, budget)
+    assert (written.int() - originals.int()).abs().max() <= int(budget)
+
+
+def gradient(backbone, images, micro_batch):
+    objective = Denoising()
+    draw = objective.draw(backbone, images, Turn(0).generator(images.device))
+    embedding = backbone.embed(["a photo of sks person"])
+    return pixel_gradient(objective, backbone, images, embedding, draw, micro_batch)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 8])
+def test_micro_batches_do_not_change_the_gradient(any_backbone, micro_batch):
+    images = to_float(random_images(5))
+    expected, value = gradient(any_backbone, images, 5)
+    actual, same_value = gradient(any_backbone, images, micro_batch)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(same_value, value, rtol=1e-5, atol=1e-7)
+
+
+def test_pixel_gradient_is_that_of_a_finite_difference(any_backbone):
+    any_backbone.double()
+    images = to_float(random_images(2)).double()
+    objective = Denoising()
+    draw = objective.draw(any_backbone, images.float(), Turn(0).generator(images.device))
+    embedding = any_backbone.embed(["a photo of sks person"])
+    direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def value(x):
+        # `encode` and the loss reduce in fp32 by design; here everything is fp64.
+        posterior = any_backbone.vae.encode(x).latent_dist
+        scale = any_backbone.vae.config.scaling_factor
+        z = (posterior.mean + posterior.std * draw.posterior_noise) * scale
+        abar = any_backbone.alphas_cumprod.double()[draw.timesteps].view(-1, 1, 1, 1)
+        noisy = abar.sqrt() * z + (1 - abar).sqrt() * draw.noise
+        out = any_backbone.unet(noisy, draw.timesteps, embedding.expand(2, -1, -1)).sample
+        v = abar.sqrt() * draw.noise - (1 - abar).sqrt() * z
+        target = draw.noise if any_backbone.scheduler.config.prediction_type == "epsilon" else v
+        return (out - target).square().mean()
+
+    h = 1e-5
+    with torch.no_grad():
+        expected = (value(images + h * direction) - value(images - h * direction)) / (2 * h)
+    any_backbone.float()
+    actual, _ = pixel_gradient(objective, any_backbone, images.float(), embedding.float(), draw, 2)
+    torch.testing.assert_close((actual.double() * direction).sum(), expected, rtol=2e-3, atol=1e-7)
+
+
+class FixedSurrogate:
+    """The untouched model, as AdvDM takes it."""
+
+    def __init__(self, backbone):
+        self.backbone = backbone
+
+    def borrowed(self):
+        return nullcontext()
+
+    def learn(self, instances, turn, generator):
+        return torch.zeros(())
+
+    def prompt_embedding(self):
+        with torch.no_grad():
+            return self.backbone.embed(["a photo of sks person"])
+
+
+def test_attack_raises_the_objective_and_leaves_the_model_alone(backbone):
+    backbone.requires_grad_(True)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    originals = to_float(random_images(3))
+    generator = Turn(0).generator(originals.device)
+    cloaked, _ = PGD(budget=8.0, steps=20)(FixedSurrogate(backbone), originals, originals, generator)
+    (_, low), (_, high) = gradient(backbone, originals, 3), gradient(backbone, cloaked, 3)
+    assert high > low
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in backbone.parameters())
+    assert 0 < (cloaked - originals).abs().max() <= 8 * STEP + 1e-6
+
+
+def test_step_size_defaults_to_a_tenth_of_the_budget(backbone):
+    originals = to_float(random_images(1)) * 0.5
+    cloaked, _ = PGD(budget=10.0, steps=1)(FixedSurrogate(backbone), originals, originals, torch.Generator())
+    torch.testing.assert_close((cloaked - originals).abs().max(), torch.tensor(STEP), rtol=1e-4, atol=0)
+
+
+def test_the_gradient_is_averaged_over_processes(backbone):
+    seen = []
+    attack = PGD(steps=2, reduce=lambda g: seen.append(g) or -g)
+    originals = to_float(random_images(1)) * 0.5
+    down, _ = attack(FixedSurrogate(backbone), originals, originals, torch.Generator().manual_seed(0))
+    up, _ = PGD(steps=1)(FixedSurrogate(backbone), originals, originals, torch.Generator().manual_seed(0))
+    assert len(seen) == 2
+    first = originals - 0.8 * STEP * seen[0].sign()
+    assert torch.equal(2 * originals - up, first) or torch.allclose(2 * originals - up, first, atol=1e-6)
+    assert not torch.equal(down, up)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"budget": 0.5}, "0.5"), ({"budget": 300.0}, "300"), ({"step_size": 0.0}, "0.0"), ({"micro_batch": 0}, "micro")],
+)
+def test_impossible_settings_are_refused(settings, named):
+    with pytest.raises(InputError, match=named):
+        PGD(**settings)
