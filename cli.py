@@ -31,6 +31,7 @@ TRAINER = {
     "use_distributed_sampler": False,  # every rank holds all photos
 }
 CHECKPOINT = {"filename": "last", "every_n_epochs": 10, "enable_version_counter": False}
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 EXPECTED = (  # warnings about what is meant to be so
     ".*in eval mode at the start of training.*",
     ".*does not have many workers.*",
@@ -95,14 +96,22 @@ def main(args: ArgsType = None) -> None:
                 args=args,
                 **options,
             )
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except Exception as error:
+        message = users_to_mend(error)
+        if message is None:
             raise
-        sys.exit(
-            f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; older files are untouched"
-        )
+        sys.exit(f"error: {message}")
+
+
+def users_to_mend(error: BaseException | None) -> str | None:
+    """What to tell the user, where an error is theirs to mend; jsonargparse wraps the errors of constructors."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return str(error)
+        if isinstance(error, OSError) and error.errno in NO_PLACE:
+            return f"{error.filename or 'a file'} cannot be written: {error.strerror}; older files are untouched"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Backbone(nn.Module):
     @property
     def downscale(self) -> int:
         """Pixels of an image per latent, along one side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     def encode(self, images: Float[Tensor, "n 3 h w"]) -> Posterior:
         """Images in [-1, 1] to the posterior of their latents."""
@@ -88,7 +88,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def encode_all(self, images: Float[Tensor, "n 3 h w"], micro_batch: int) -> Posterior:
         """As ``encode``, without gradients and with at most ``micro_batch`` images at a time."""
-        parts = [self.encode(part) for part in images.split(micro_batch)]
+        parts = [self.encode(part) for part in torch.split(images, micro_batch)]
         return Posterior(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
 
     def embed(self, prompts: list[str]) -> Float[Tensor, "p length width"]:
@@ -128,7 +128,7 @@ class Backbone(nn.Module):
         """L(x; w, c) = || u(z_t, t, c) - target ||^2, the mean over each image's latent, in fp32."""
         noisy = self.add_noise(latents, timesteps, noise)
         prediction = self.unet(noisy, timesteps, embeddings).sample
-        error = prediction.float() - self.target(latents, timesteps, noise)
+        error: Tensor = prediction.float() - self.target(latents, timesteps, noise)
         return error.square().mean(dim=(1, 2, 3))
 
     def _levels(self, timesteps: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ def resolution_of(name: str, revision: str | None = None) -> int:
             values: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
             return values
 
-    return int(config("unet")["sample_size"]) * 2 ** (len(config("vae")["block_out_channels"]) - 1)
+    return int(config("unet")["sample_size"] * 2 ** (len(config("vae")["block_out_channels"]) - 1))
 
 
 def _check(backbone: Backbone, name: str) -> None:

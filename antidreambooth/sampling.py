@@ -21,7 +21,7 @@ def sample(
     steps: int | None = None,
 ) -> UInt8[Tensor, "n 3 H W"]:
     """Pictures of a prompt from given noise, in 8 bits; the backbone's own guidance and steps when not given."""
-    images = backbone.pipeline()(
+    images: Tensor = backbone.pipeline()(
         prompt=[prompt] * len(noise),
         latents=noise,
         guidance_scale=backbone.defaults.guidance_scale if guidance_scale is None else guidance_scale,

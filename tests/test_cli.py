@@ -1,0 +1,336 @@
+"""The command line, on every shipped config: what it writes, how it stops and goes on, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cli import main
+from tests.conftest import ROOT
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),  # lightning's own
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
+]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments_of_pytests(monkeypatch):
+    """LightningCLI warns about arguments of the process beside the given ones."""
+    monkeypatch.setattr(sys, "argv", ["cli.py"])
+
+
+@pytest.fixture
+def command(small_model, photos, tmp_path):
+    """Arguments of a run of a few small rounds; more can be added."""
+
+    def build(*more, config=ROOT / "configs" / "aspl.yaml", rounds=2, out="out"):
+        return [
+            "fit",
+            f"--config={config}",
+            f"--data.photos={photos}",
+            f"--model.backbone={small_model}",
+            "--model.surrogate.learning_rate=1e-3",
+            "--model.surrogate.prior.images=4",
+            "--trainer.accelerator=cpu",
+            f"--trainer.max_epochs={rounds}",
+            f"--trainer.default_root_dir={tmp_path / out}",
+            "--checkpoint.every_n_epochs=1",
+            *more,
+        ]
+
+    return build
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a run is for: cloaked photos, manifest, comparison."""
+    paths = [*(folder / "cloaked").iterdir(), folder / "manifest.json", folder / "comparison.png"]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses(config, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", f"--config={config}", "--print_config"])
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["seed_everything"] == 0
+    assert printed["trainer"]["max_epochs"] == 50
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
+    main(command(config=config, rounds=10))
+    out = tmp_path / "out"
+    record = manifest(out)
+    assert record["complete"] is True
+    assert record["seed"] == 0
+    assert record["settings"]["model"]["budget"] == 8
+    assert [photo["source"] for photo in record["photos"]] == ["a.png", "b.jpg", "c.webp"]
+    for photo in record["photos"]:
+        assert pixels(out / photo["cloaked"]).shape == (16, 16, 3)
+        assert 0 < photo["largest_difference"] <= 8
+    assert pixels(out / "comparison.png").shape[1] > 3 * 16
+    assert (out / "samples" / "round-010.png").is_file()
+    assert (out / "checkpoints" / "last.ckpt").is_file()
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    scalars = {"surrogate/clean_loss", "surrogate/cloaked_loss", "pgd/objective", "perturbation/largest"}
+    assert scalars <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("pgd/objective")] == list(range(1, 11))
+    assert "samples" in events.Tags()["images"]
+    assert "10/10" in capsys.readouterr().out  # the bar counts rounds
+
+
+def test_photos_so_far(command, tmp_path):
+    config = tmp_path / "often.yaml"
+    often = {"class_path": "CloakedPhotos", "init_args": {"every_n_epochs": 1}}
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [often]}}))
+    main(command(f"--config={config}"))
+    first, second = (tmp_path / "out" / "progress" / f"round-00{n}" / "a.png" for n in (1, 2))
+    assert first.read_bytes() != second.read_bytes()
+    assert second.read_bytes() == (tmp_path / "out" / "cloaked" / "a.png").read_bytes()
+
+
+def test_twice_gives_the_same_files_and_another_seed_does_not(command, tmp_path):
+    main(command(out="one"))
+    main(command(out="two"))
+    main(command("--seed_everything=1", out="three"))
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert files(tmp_path / "one")["a.png"] != files(tmp_path / "three")["a.png"]
+
+
+def test_clean_photos_are_the_reference(command, photos, tmp_path):
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(clean / "other.png")
+    main(command(out="self"))
+    main(command(f"--data.clean_photos={clean}", out="other"))
+    assert files(tmp_path / "self")["a.png"] != files(tmp_path / "other")["a.png"]
+    assert list(manifest(tmp_path / "other")["settings"]["clean_photos"]) == ["other.png"]
+
+
+def test_the_resolution_is_the_models_unless_given(command, tmp_path):
+    main(command("--model.resolution=32", rounds=1))
+    assert pixels(tmp_path / "out" / "cloaked" / "a.png").shape == (32, 32, 3)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(command, tmp_path):
+    main(command(rounds=1))
+    checkpoint = torch.load(tmp_path / "out" / "checkpoints" / "last.ckpt", weights_only=True)
+    names = set(checkpoint["state_dict"])
+    assert "perturbation" in names
+    assert all(name.startswith(("backbone.unet.", "backbone.text_encoder.", "perturbation")) for name in names)
+    assert not any(state["state"] for state in checkpoint["optimizer_states"])
+
+
+def test_going_on_equals_not_stopping(command, tmp_path):
+    main(command(rounds=4, out="whole"))
+    main(command(rounds=2, out="parts"))
+    main(command("--ckpt_path=last", rounds=4, out="parts"))
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+
+
+def test_bf16_goes_on_bit_for_bit_too(command, tmp_path):
+    mixed = "--trainer.precision=bf16-mixed"
+    main(command(mixed, rounds=3, out="whole"))
+    main(command(mixed, rounds=1, out="parts"))
+    main(command(mixed, "--ckpt_path=last", rounds=3, out="parts"))
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+
+
+def test_other_settings_than_the_checkpoints_are_named(command, photos, tmp_path):
+    main(command())
+    before = files(tmp_path / "out")
+    (photos / "a.png").write_bytes((photos / "c.webp").read_bytes())
+    with pytest.raises(SystemExit, match=r"budget: 8\.0 then, 4\.0 now.*photos\.a\.png"):
+        main(command("--ckpt_path=last", "--model.budget=4"))
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--seed_everything=3", "seed: 0 then, 3 now"),
+        ("--trainer.precision=bf16-mixed", "precision"),
+        ("--model.surrogate.prior.weight=0", "surrogate.prior.weight"),
+        ("--model.backbone=embedded", "backbone"),
+    ],
+)
+def test_any_other_setting_is_named(command, tmp_path, flag, named):
+    main(command(rounds=1))
+    with pytest.raises(SystemExit, match=named):
+        main(command("--ckpt_path=last", flag))
+
+
+def start(arguments):
+    # One thread: two processes of several threads each wait for one another on few cores, a hundred times slower.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_killed_in_a_round_then_gone_on_is_bit_identical(command, tmp_path):
+    killed = start(command(rounds=40, out="killed"))
+    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    wait_for(checkpoint.exists, killed)
+    time.sleep(0.3)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    again = start(command("--ckpt_path=last", rounds=40, out="killed"))
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+    whole = start(command(rounds=40, out="whole"))
+    output, _ = whole.communicate()
+    assert whole.returncode == 0, output
+    assert files(tmp_path / "whole") == files(tmp_path / "killed")
+
+
+def test_ctrl_c_writes_what_there_is(command, tmp_path):
+    process = start(command(rounds=10_000))
+    wait_for((tmp_path / "out" / "checkpoints" / "last.ckpt").exists, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    record = manifest(tmp_path / "out")
+    assert record["complete"] is False
+    assert 0 < record["rounds"] < 10_000
+    assert all((tmp_path / "out" / photo["cloaked"]).is_file() for photo in record["photos"])
+
+
+def refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert str(stopped.value).startswith("error: ")
+    assert "\n" not in str(stopped.value)
+    assert message in str(stopped.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all", None], ids=["empty", "text", "truncated"])
+def test_a_bad_photo_is_named_before_a_model_is_loaded(command, photos, monkeypatch, capsys, content):
+    if content is None:
+        content = (photos / "b.jpg").read_bytes()[:-200]
+    (photos / "bad.jpg").write_bytes(content)
+    monkeypatch.setattr("lightning_modules.cloaking.load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    refused(command(), "bad.jpg", capsys)
+
+
+@pytest.mark.parametrize(("name", "fix"), [("nowhere", "does not exist"), ("empty", "holds no photo")])
+def test_a_bad_folder_is_named(command, tmp_path, capsys, name, fix):
+    (tmp_path / "empty").mkdir()
+    refused(command(f"--data.photos={tmp_path / name}"), fix, capsys)
+    refused(command(f"--data.clean_photos={tmp_path / name}"), fix, capsys)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--trainer.precision=bf16-true", "keeps fp32 weights"),
+        ("--model.budget=0", "8-bit steps"),
+        ("--model.backbone=./nowhere", "no folder here"),
+    ],
+)
+def test_impossible_settings_end_in_one_line(command, capsys, flag, message):
+    refused(command(flag), message, capsys)
+
+
+def test_a_misspelt_flag_stops_at_once(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(command("--model.buget=4"))
+    assert stopped.value.code == 2
+    assert "buget" in capsys.readouterr().err
+
+
+def test_another_persons_results_are_not_mixed_in(command, photos, tmp_path, capsys):
+    main(command(rounds=1))
+    (photos / "a.png").rename(photos / "z.png")
+    refused(command(rounds=1), "a.png", capsys)
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    monkeypatch.setattr("lightning_modules.cloaking.load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    refused(command(), "out", capsys)
+
+
+def test_a_full_disk_is_found_first(command, tmp_path, monkeypatch, capsys):
+    main(command())
+    before = files(tmp_path / "out")
+    monkeypatch.setattr("callbacks.room.shutil.disk_usage", lambda _: os.terminal_size((0, 0)) and Full)
+    refused(command("--model.budget=4"), "free", capsys)
+    assert files(tmp_path / "out") == before
+
+
+class Full:
+    """A disk with nothing left."""
+
+    free = 0
+
+
+def test_a_disk_that_fills_up_loses_nothing(command, tmp_path, monkeypatch, capsys):
+    main(command())
+    before, checkpoint = files(tmp_path / "out"), tmp_path / "out" / "checkpoints" / "last.ckpt"
+    saved = checkpoint.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lightning_modules.atomic_checkpoint.os.fsync", full)
+    refused(command("--model.budget=4", "--checkpoint.every_n_epochs=1"), "No space left", capsys)
+    assert files(tmp_path / "out") == before
+    assert checkpoint.read_bytes() == saved
+    assert not list(checkpoint.parent.glob(".*"))
+
+
+def test_the_embedded_models_terms_come_first(command, capsys):
+    main(command("--model.backbone=embedded", rounds=1))
+    assert "non-commercial research" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_flags_explain_themselves(capsys):
+    for arguments in (["fit", "--model.help", "ASPL"], ["fit", "--data.help", "Protection"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "largest change of any pixel",
+        "PGD steps in a round",
+        "of AdamW",
+        "names the person",
+        "single file",
+    ):
+        assert words in text
