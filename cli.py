@@ -19,6 +19,7 @@ import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
 from antidreambooth.errors import InputError
 from antidreambooth.loading import read_defaults
+from antidreambooth.precision import computes_in_bf16
 
 TRAINER = {
     "enable_model_summary": False,
@@ -27,6 +28,7 @@ TRAINER = {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
         "init_args": {"save_dir": ".", "name": "", "version": "tensorboard"},
     },
+    "precision": "bf16-mixed" if computes_in_bf16() else "32-true",
     "plugins": [{"class_path": "lightning_modules.AtomicCheckpointIO"}],
     "use_distributed_sampler": False,  # every rank holds all photos
 }

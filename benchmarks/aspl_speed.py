@@ -38,6 +38,7 @@ from antidreambooth.dreambooth import DreamBooth, trainable
 from antidreambooth.loading import EMBEDDED, load_backbone
 from antidreambooth.perturbation import PGD, STEP
 from antidreambooth.photos import load_photos, to_float
+from antidreambooth.precision import computes_in_bf16
 from antidreambooth.rounds import Outcome, alternate
 from antidreambooth.surrogates import Alternating
 from antidreambooth.turns import Turn
@@ -396,8 +397,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if args.size == "sd15" and args.device == "cpu" and not args.count_only:
         parser.error("sd15 takes hours and about 60 GB on a CPU: use --device cuda, or --count-only")
     if args.bf16 is None:  # emulated bf16 is slower than fp32
-        cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        args.bf16 = torch.cuda.is_bf16_supported() if args.device == "cuda" else cpu
+        args.bf16 = computes_in_bf16()
     return args
 
 

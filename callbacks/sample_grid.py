@@ -28,7 +28,7 @@ class SampleGrid(Callback):
         self,
         prompts: list[str] = ["a photo of sks person"],  # noqa: B006 (never changed)
         count: int = 4,
-        every_n_epochs: int = 10,
+        every_n_epochs: int = 25,
         guidance_scale: float | None = None,
         sampling_steps: int | None = None,
     ) -> None:
