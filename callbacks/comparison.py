@@ -21,7 +21,7 @@ def comparison(originals: list[Tensor], cloaked: list[Tensor], budget: int) -> T
     Returns:
         One 8-bit picture, 3 H W.
     """
-    gain = 127 // budget
+    gain = max(1, 127 // budget)
     rows = []
     for before, after in zip(originals, cloaked, strict=True):
         difference = ((after.int() - before.int()) * gain + 128).clamp(0, 255).to(torch.uint8)
