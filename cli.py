@@ -20,6 +20,7 @@ import lightning_modules  # noqa: F401
 from antidreambooth.errors import InputError
 from antidreambooth.loading import read_defaults
 from antidreambooth.precision import computes_in_bf16
+from launch.verdict import verdict
 
 TRAINER = {
     "enable_model_summary": False,
@@ -52,6 +53,7 @@ class CommandLine(LightningCLI):
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
         parser.link_arguments("trainer.default_root_dir", "trainer.logger.init_args.save_dir")
         parser.link_arguments("model.resolution", "data.init_args.resolution", apply_on="instantiate")
+        parser.link_arguments("model.steps", "data.init_args.steps", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also shows the terms of a model that has some, before anything else."""
@@ -84,7 +86,11 @@ def main(args: ArgsType = None) -> None:
     """Runs a command; an error that is the user's to mend ends it with one line."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     options: dict[str, Any] = {"subclass_mode_model": True, "subclass_mode_data": True, "seed_everything_default": 0}
+    words = sys.argv[1:] if args is None else args
     try:
+        if isinstance(words, list) and words[:1] == ["verdict"]:
+            verdict(words[1:], main)
+            return
         with warnings.catch_warnings():
             for message in EXPECTED:
                 warnings.filterwarnings("ignore", message)

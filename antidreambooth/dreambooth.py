@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from antidreambooth.backbone import Backbone, Posterior
-from antidreambooth.defaults import Defaults, given
+from antidreambooth.defaults import Defaults, Role, given
 from antidreambooth.objectives import Draw
 from antidreambooth.timesteps import Uniform
 
@@ -34,30 +34,33 @@ class PriorPreservation:
 
 @dataclass(frozen=True)
 class DreamBooth:
-    """How a surrogate trains (arXiv:2208.12242; the values of arXiv:2303.15433, Section 5.1).
+    """How a surrogate or a victim trains (arXiv:2208.12242; the values of arXiv:2303.15433, Section 5.1).
+
+    What is not given is the backbone's own; the published values are for Stable Diffusion.
 
     Args:
-        learning_rate: of AdamW. The backbone's own when not given: 5e-7 as published, embedded: 2e-4.
-        steps: optimizer steps in each phase of a round.
-        batch_size: instance images in a step. The backbone's own when not given: 1 as published, embedded: 2.
+        learning_rate: of AdamW. Published: 5e-7; embedded: 2e-4.
+        steps: optimizer steps: a victim's in all, a surrogate's in each phase of a round. Published: 1000 and 3.
+        batch_size: instance images in a step. Published: 2, a surrogate's 1; embedded: 8 and 2.
         weight_decay: of AdamW.
         instance_prompt: names the person by a rare identifier.
-        train_text_encoder: whether the text encoder learns too.
+        train_text_encoder: whether the text encoder learns too. Yes, but not with a LoRA, when not given.
         gradient_checkpointing: less memory for about a third more time.
         prior: prior preservation.
     """
 
     learning_rate: float | None = None
-    steps: int = 3
+    steps: int | None = None
     batch_size: int | None = None
     weight_decay: float = 1e-2
     instance_prompt: str = "a photo of sks person"
-    train_text_encoder: bool = True
+    train_text_encoder: bool | None = None
     gradient_checkpointing: bool = False
     prior: PriorPreservation = field(default_factory=PriorPreservation)
 
-    def completed(self, defaults: Defaults) -> DreamBooth:
+    def completed(self, defaults: Defaults, role: Role = "surrogate") -> DreamBooth:
         """The same settings with the backbone's own values where none were given."""
+        recipe = defaults.recipe(role)
         prior = replace(
             self.prior,
             weight=given(self.prior.weight, defaults.prior_weight),
@@ -65,8 +68,10 @@ class DreamBooth:
         )
         return replace(
             self,
-            learning_rate=given(self.learning_rate, defaults.learning_rate),
-            batch_size=given(self.batch_size, defaults.batch_size),
+            learning_rate=given(self.learning_rate, recipe.learning_rate),
+            steps=given(self.steps, recipe.steps),
+            batch_size=given(self.batch_size, recipe.batch_size),
+            train_text_encoder=given(self.train_text_encoder, recipe.train_text_encoder),
             prior=prior,
         )
 

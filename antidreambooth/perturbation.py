@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from antidreambooth.backbone import Backbone, frozen
@@ -27,6 +27,13 @@ def project(
 ) -> Float[Tensor, "n 3 h w"]:
     """Nearest images within ``radius`` of ``originals`` (l-inf), all in [-1, 1] (arXiv:1706.06083)."""
     return images.clamp((originals - radius).clamp(min=-1), (originals + radius).clamp(max=1))
+
+
+def random_noise(originals: UInt8[Tensor, "n 3 h w"], budget: float, seed: int) -> UInt8[Tensor, "n 3 h w"]:
+    """The control: each value goes up or down by the whole (floored) budget, with even chance, within 0..255."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, originals.shape, generator=generator) * 2 - 1
+    return (originals.int() + signs * int(budget)).clamp(0, 255).to(torch.uint8)
 
 
 def pixel_gradient(

@@ -55,9 +55,9 @@ class Alternating:
 
     def learn(self, instances: Posterior, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
         """One phase of DreamBooth steps with a fresh AdamW; returns the mean loss."""
-        size = given(self.training.batch_size, 1)
-        batches = turn.batches(self.training.steps, size, len(instances.mean))
-        classes = turn.batches(self.training.steps, size, len(self.classes.mean)) if self.classes else batches
+        size, steps = given(self.training.batch_size, 1), given(self.training.steps, 0)
+        batches = turn.batches(steps, size, len(instances.mean))
+        classes = turn.batches(steps, size, len(self.classes.mean)) if self.classes else batches
         total = torch.zeros((), device=instances.mean.device)
         with training_mode(self.backbone, self.training):
             for batch, class_batch in zip(batches, classes, strict=True):
@@ -66,7 +66,7 @@ class Alternating:
                 self.weights.step(loss)
                 total = total + loss.detach()
         self.weights.forget()
-        return total / max(self.training.steps, 1)
+        return total / max(steps, 1)
 
     @torch.no_grad()
     def prompt_embedding(self) -> Float[Tensor, "1 length width"]:

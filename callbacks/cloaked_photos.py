@@ -56,7 +56,7 @@ class CloakedPhotos(Callback):
         photos, cloaked = self._cloaked(trainer, pl_module)
         for name, picture in zip(names(photos), cloaked, strict=True):
             write_png(Path(trainer.default_root_dir) / "progress" / f"round-{number:03d}" / name, picture)
-        show(trainer, "cloaked", cloaked, columns=4)
+        show(trainer, "cloaked", cloaked, columns=4, step=number)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The result."""

@@ -1,8 +1,9 @@
-"""What the model in training generates, every few rounds."""
+"""What the model in training generates, every few rounds or steps."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -20,6 +21,7 @@ class SampleGrid(Callback):
         prompts: what to show.
         count: pictures for each prompt.
         every_n_epochs: rounds (epochs) between two grids; 0 switches them off.
+        every_n_steps: training steps between two grids, for a run whose epoch is the whole training.
         guidance_scale: classifier-free guidance; the backbone's own when not given.
         sampling_steps: DDIM steps; the backbone's own when not given.
     """
@@ -29,20 +31,34 @@ class SampleGrid(Callback):
         prompts: list[str] = ["a photo of sks person"],  # noqa: B006 (never changed)
         count: int = 4,
         every_n_epochs: int = 25,
+        every_n_steps: int = 0,
         guidance_scale: float | None = None,
         sampling_steps: int | None = None,
     ) -> None:
-        self.prompts, self.count, self.every_n_epochs = prompts, count, every_n_epochs
+        self.prompts, self.count = prompts, count
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A grid, when one is due."""
+        """A grid, when a round's is due."""
         number = trainer.current_epoch + 1
-        if not self.every_n_epochs or number % self.every_n_epochs or not trainer.is_global_zero:
+        if self.every_n_epochs and number % self.every_n_epochs == 0:
+            self._grid(trainer, pl_module, "round", number)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A grid, when a step's is due."""
+        if self.every_n_steps and (batch_idx + 1) % self.every_n_steps == 0:
+            self._grid(trainer, pl_module, "step", batch_idx + 1)
+
+    def _grid(self, trainer: Trainer, pl_module: LightningModule, unit: str, number: int) -> None:
+        if not trainer.is_global_zero:
             return
         backbone = pl_module.backbone
         noise = noise_of(backbone, pl_module.resolution, range(self.count), seed=0)
+        prompts = [pl_module.prompt(prompt) for prompt in self.prompts]
         with trainer.precision_plugin.forward_context():
-            rows = [sample(backbone, p, noise, self.guidance_scale, self.sampling_steps) for p in self.prompts]
-        path = Path(trainer.default_root_dir) / "samples" / f"round-{number:03d}.png"
-        show(trainer, "samples", torch.cat(rows).cpu(), self.count, path)
+            rows = [sample(backbone, p, noise, self.guidance_scale, self.sampling_steps) for p in prompts]
+        path = Path(trainer.default_root_dir) / "samples" / f"{unit}-{number:03d}.png"
+        show(trainer, "samples", torch.cat(rows).cpu(), self.count, number, path)

@@ -1,5 +1,6 @@
-"""Photos in, batches out."""
+"""Photos in."""
 
 from datamodules.protection import Protection
+from datamodules.subject import Subject
 
-__all__ = ["Protection"]
+__all__ = ["Protection", "Subject"]

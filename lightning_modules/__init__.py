@@ -1,7 +1,8 @@
-"""Phases and hooks: how Lightning runs the engine's rounds."""
+"""Phases and hooks: how Lightning runs the engine's rounds and steps."""
 
 from lightning_modules.aspl import ASPL
 from lightning_modules.atomic_checkpoint import AtomicCheckpointIO
 from lightning_modules.cloaking import Cloaking
+from lightning_modules.dreambooth import Victim
 
-__all__ = ["ASPL", "AtomicCheckpointIO", "Cloaking"]
+__all__ = ["ASPL", "AtomicCheckpointIO", "Cloaking", "Victim"]

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from tqdm import tqdm
 
 from antidreambooth.backbone import Posterior
-from antidreambooth.class_images import class_images
 from antidreambooth.dreambooth import DreamBooth, trainable
 from antidreambooth.objectives import Objective
-from antidreambooth.photos import to_float
 from antidreambooth.rounds import Outcome, Photos, alternate
 from antidreambooth.surrogates import Alternating
 from antidreambooth.weights import Weights
@@ -77,7 +74,7 @@ class ASPL(Cloaking):
         if self.training_settings.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
         if self.training_settings.prior.weight:
-            self.classes = self._class_posterior()
+            self.classes = self.class_posterior(self.training_settings.prior, self.attack.micro_batch)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW over what the surrogate trains."""
@@ -93,14 +90,3 @@ class ASPL(Cloaking):
         weights = Weights(parameters, self.optimizers(), self.manual_backward)
         surrogate = Alternating(self.backbone, self.training_settings, weights, self.classes)
         return alternate(surrogate, self.clean, photos.originals, cloaked, self.attack, self.turn)
-
-    def _class_posterior(self) -> Posterior:
-        prior = self.training_settings.prior
-        pictures = class_images(
-            self.backbone,
-            prior.class_prompt,
-            prior.images,
-            self.resolution,
-            progress=lambda starts: tqdm(starts, desc="class images", disable=self.global_rank > 0 or not starts),
-        )
-        return self.backbone.encode_all(to_float(pictures).to(self.device), self.attack.micro_batch)

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from functools import cache
+from pathlib import Path
+from typing import Any, TypedDict
 
-from jaxtyping import UInt8
+import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+from torchvision.models import AlexNet_Weights
+
+from antidreambooth.evaluation.per_image import PerImage
+from antidreambooth.photos import to_float
+
+LPIPS_MISSING = (
+    f"LPIPS is left out: it needs {AlexNet_Weights.IMAGENET1K_V1.url} in torch's cache "
+    "(python -c 'import torchvision; torchvision.models.alexnet(weights=\"DEFAULT\")' puts it there)"
+)
 
 
 class CloakQuality(TypedDict):
@@ -20,12 +33,81 @@ class CloakQuality(TypedDict):
 
 def cloak_quality(original: UInt8[Tensor, "3 h w"], cloaked: UInt8[Tensor, "3 h w"]) -> CloakQuality:
     """PSNR in dB (higher is closer; None for equal pictures), SSIM (1 is equal), largest difference in 8-bit steps."""
-    before, after = original[None].double(), cloaked[None].double()
-    psnr = float(peak_signal_noise_ratio(after, before, data_range=255.0))
-    ssim = structural_similarity_index_measure(after, before, data_range=255.0)
-    assert isinstance(ssim, Tensor)
+    pair = original[None], cloaked[None]
+    decibel = float(psnr(*pair))
     return {
-        "psnr": round(psnr, 3) if math.isfinite(psnr) else None,
-        "ssim": round(float(ssim), 5),
-        "largest_difference": int((after - before).abs().max()),
+        "psnr": None if math.isnan(decibel) else round(decibel, 3),
+        "ssim": round(float(ssim(*pair)), 5),
+        "largest_difference": int(largest_difference(*pair)),
     }
+
+
+def psnr(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    """Peak signal to noise in dB, higher is closer; NaN for equal pictures."""
+    ratio = peak_signal_noise_ratio(
+        cloaked.double(), original.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
+    )
+    return ratio.where(ratio.isfinite(), torch.nan)
+
+
+def ssim(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    """Structural similarity, at most 1, which is equal."""
+    found = structural_similarity_index_measure(
+        cloaked.double(), original.double(), data_range=255.0, reduction="none"
+    )
+    assert isinstance(found, Tensor)
+    return found
+
+
+def largest_difference(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    """Of any colour of any pixel, in 8-bit steps."""
+    return (cloaked.double() - original.double()).abs().amax((1, 2, 3))
+
+
+def lpips(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    """Distance in AlexNet's features (arXiv:1801.03924), 0 is equal; only where ``lpips_available()``."""
+    net = _lpips().to(original.device)
+    found: Tensor = net(to_float(cloaked), to_float(original))
+    return found.flatten()
+
+
+def lpips_available() -> bool:
+    """Whether the weights lie in torch's cache: nothing is downloaded here. If not, see ``LPIPS_MISSING``."""
+    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(AlexNet_Weights.IMAGENET1K_V1.url).name).is_file()
+
+
+class CloakMeasure(PerImage):
+    """A measure of cloaked pictures against their originals."""
+
+    def update(self, original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) -> None:
+        """8-bit pictures, pair by pair."""
+        self.add(self.of(original, cloaked).float())
+
+
+class PSNR(CloakMeasure):
+    """See ``psnr``."""
+
+    name, higher_is_better, of = "psnr", True, staticmethod(psnr)
+
+
+class SSIM(CloakMeasure):
+    """See ``ssim``."""
+
+    name, higher_is_better, of = "ssim", True, staticmethod(ssim)
+
+
+class LargestDifference(CloakMeasure):
+    """See ``largest_difference``; the mean over pictures of each one's largest."""
+
+    name, higher_is_better, of = "largest_difference", False, staticmethod(largest_difference)
+
+
+class LPIPS(CloakMeasure):
+    """See ``lpips``."""
+
+    name, higher_is_better, of = "lpips", False, staticmethod(lpips)
+
+
+@cache
+def _lpips() -> Any:
+    return LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="none").net

@@ -1,0 +1,54 @@
+"""What an attacker's own pipeline does to photos before training on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image, encode_jpeg
+from torchvision.transforms.v2 import functional as F
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of each photo in each step; none by default, and then latents are computed once.
+
+    Args:
+        crop: smallest share of a side that a random square crop keeps (scaled back to full size); 1 switches it off.
+        flip: whether a photo is mirrored with even chance.
+        jpeg: quality (1 to 100) at which photos are compressed before anything else; off when not given.
+    """
+
+    crop: float = 1.0
+    flip: bool = False
+    jpeg: int | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether it changes anything."""
+        return self.crop < 1 or self.flip or self.jpeg is not None
+
+    def __call__(
+        self, pictures: UInt8[Tensor, "n 3 h w"], generator: torch.Generator
+    ) -> UInt8[Tensor, "n 3 h w"]:
+        """Changed pictures of the same size; the generator's draws decide how."""
+        return torch.stack([self._one(picture, generator) for picture in pictures])
+
+    def _one(self, picture: Tensor, generator: torch.Generator) -> Tensor:
+        scale, top, left, mirror = torch.rand(4, generator=generator, device=generator.device).tolist()
+        height, width = picture.shape[1:]
+        if self.jpeg is not None:
+            picture = jpeg(picture, self.jpeg)
+        if self.crop < 1:
+            share = self.crop + (1 - self.crop) * scale
+            h, w = max(1, round(share * height)), max(1, round(share * width))
+            corner = (round(top * (height - h)), round(left * (width - w)))
+            picture = F.resized_crop(picture, *corner, h, w, [height, width], antialias=True)
+        return F.horizontal_flip(picture) if self.flip and mirror < 0.5 else picture
+
+
+def jpeg(picture: UInt8[Tensor, "3 h w"], quality: int) -> UInt8[Tensor, "3 h w"]:
+    """The picture after JPEG compression (4:2:0, as cameras and social networks do)."""
+    return decode_image(encode_jpeg(picture.cpu(), quality), ImageReadMode.RGB).to(picture.device)

@@ -1,0 +1,37 @@
+"""The victim's result: the trained model as diffusers reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+
+from antidreambooth.photos import write_atomically
+from antidreambooth.records import versions
+from callbacks.room import require_room, require_writable
+
+
+class TrainedModel(Callback):
+    """Writes ``model/``, ``lora/`` or ``textual_inversion/`` at the end, and ``manifest.json`` beside it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds out before any work whether the result can be written."""
+        if trainer.is_global_zero and stage == "fit":
+            require_writable(Path(trainer.default_root_dir))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for its size, which is known now; the optimizer's moments make a checkpoint three times as large."""
+        if trainer.is_global_zero:
+            trained = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
+            whole = sum(p.numel() * p.element_size() for p in pl_module.parameters())
+            require_room(Path(trainer.default_root_dir), 6 * trained + whole)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The result."""
+        if not trainer.is_global_zero:
+            return
+        root = Path(trainer.default_root_dir)
+        pl_module.adaptation.save(pl_module.backbone, root / pl_module.adaptation.folder)
+        manifest = {**pl_module.record(), "versions": versions(), "steps": trainer.global_step}
+        write_atomically(root / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())

@@ -1,0 +1,65 @@
+"""The photos that an attacker has, and those that tell whether the person is in a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from antidreambooth.errors import InputError
+from antidreambooth.photos import Photo, load_photos
+
+
+class Subject(LightningDataModule):
+    """A person's photos, cloaked or not, to be trained on; clean photos of the person as the reference of a test.
+
+    An epoch is the whole training. Every batch holds all photos: the module takes its share of them.
+
+    Args:
+        photos: folder (or single file) of photos to train on.
+        reference_photos: folder, or several, of clean photos of the same person; needed for ``test``.
+        resolution: side in pixels; taken from the model on the command line.
+        steps: training steps; taken from the model on the command line.
+    """
+
+    def __init__(
+        self,
+        photos: str = "examples/photos",
+        reference_photos: str | list[str] | None = None,
+        resolution: int = 512,
+        steps: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.source, self.resolution, self.steps = photos, resolution, steps
+        self.reference_sources = [reference_photos] if isinstance(reference_photos, str) else reference_photos
+        self.photos: list[Photo] = []
+        self.references: list[Photo] = []
+
+    def setup(self, stage: str) -> None:
+        """Decodes every photo that the stage needs, so that a bad one is found before a model is loaded."""
+        if stage == "fit" and not self.photos:
+            self.photos = load_photos(Path(self.source), self.resolution)
+        if stage == "test" and not self.references:
+            if not self.reference_sources:
+                raise InputError("a test compares with clean photos of the person: give --data.reference_photos FOLDER")
+            self.references = [
+                photo for source in self.reference_sources for photo in load_photos(Path(source), self.resolution)
+            ]
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """All photos in 8 bits, once for each step."""
+        batch = torch.stack([photo.pixels for photo in self.photos])
+        return DataLoader([batch] * self.steps, batch_size=None)  # type: ignore[arg-type]
+
+    def test_dataloader(self) -> DataLoader[list[tuple[str, Tensor]]]:
+        """One batch: name and pixels of each reference photo."""
+        batch = [(photo.name, photo.pixels) for photo in self.references]
+        return DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+
+    def record(self) -> dict[str, Any]:
+        """Which photos these are, by content: a folder may move."""
+        return {"photos": {photo.name: photo.sha256 for photo in self.photos}}

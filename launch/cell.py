@@ -1,0 +1,191 @@
+"""One cell: photos as they arrive at the attacker, a victim trained on them, its pictures measured."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antidreambooth.backbone import Backbone
+from antidreambooth.conditions import Scene
+from antidreambooth.errors import InputError
+from antidreambooth.loading import load_backbone, resolution_of
+from antidreambooth.perturbation import random_noise
+from antidreambooth.photos import cloaked_names, load_photos, write_atomically, write_png
+from antidreambooth.records import describe, differences
+from launch.experiment import BASE, Cell, Cloak, Experiment, Person
+
+Fit = Callable[[list[str]], None]  # the command line: a fit is what its user would have typed
+CALLBACKS = '[{"class_path": "TrainedModel"}, {"class_path": "Likeness"}]'
+
+
+def make_cloak(experiment: Experiment, cloak: Cloak, fit: Fit) -> None:
+    """Cloaks a person's photos, or goes on with it; does nothing where it is done."""
+    person, root = experiment.everyone()[cloak.person], experiment.root / "cloaks" / cloak.name
+    if finished(root / "done.json", cloak_settings(experiment, cloak)):
+        return
+    config, *flags = shlex.split(experiment.protections[cloak.protection])
+    checkpoint = root / "checkpoints" / "last.ckpt"
+    started = time.monotonic()
+    fit(
+        [
+            "fit",
+            f"--config={config}",
+            f"--model.backbone={experiment.backbone}",
+            f"--model.budget={cloak.budget}",
+            f"--data.photos={person.photos}",
+            f"--data.clean_photos={person.clean_photos}",
+            f"--seed_everything={cloak.seed}",
+            f"--trainer.default_root_dir={root}",
+            *(["--ckpt_path=last"] if checkpoint.is_file() else []),
+            *flags,
+        ]
+    )
+    checkpoint.unlink(missing_ok=True)
+    record = {"settings": cloak_settings(experiment, cloak), "seconds": time.monotonic() - started, "complete": True}
+    write_atomically(root / "done.json", (json.dumps(record, indent=2) + "\n").encode())
+
+
+def run_cell(experiment: Experiment, cell: Cell, fit: Fit) -> None:
+    """Trains and measures one victim; does nothing where it is done."""
+    root = experiment.root / "cells" / cell.name
+    settings = cell_settings(experiment, cell)
+    if finished(root / "cell.json", settings):
+        return
+    shutil.rmtree(root, ignore_errors=True)  # half a cell is a cell to be started anew
+    person, started = experiment.everyone()[cell.cloak.person], time.monotonic()
+    common = [
+        f"--model.backbone={experiment.backbone}",
+        f"--seed_everything={cell.seed}",
+        f"--trainer.default_root_dir={root}",
+        f"--trainer.callbacks={CALLBACKS}",
+        "--trainer.enable_progress_bar=false",
+    ]
+    if cell.cloak.protection == BASE:
+        victim = ["--config=configs/dreambooth.yaml", *common, "--model.adaptation=Untrained"]
+    else:
+        config, *flags = shlex.split(experiment.victims[cell.victim])
+        victim = [f"--config={config}", *common, *flags]
+        names = cloaked_names([photo.name for photo in load_photos(Path(person.photos), resolution(experiment))])
+        for name, photo in zip(names, arriving(experiment, cell), strict=True):
+            write_png(root / "photos" / name, photo)
+        fit(["fit", *victim, f"--data.photos={root / 'photos'}", "--checkpoint.every_n_train_steps=0"])
+    generation = {key: value for key, value in describe(experiment.generation).items() if key != "class"}
+    asked = [f"--model.generation.{key}={json.dumps(value)}" for key, value in generation.items()]
+    fit(["test", *victim, f"--data.reference_photos={json.dumps(person.references)}", *asked])
+    if not experiment.keep_models:
+        for folder in ("model", "lora", "textual_inversion", "checkpoints"):
+            shutil.rmtree(root / folder, ignore_errors=True)
+    record = {
+        "person": cell.cloak.person,
+        "protection": cell.cloak.protection,
+        "budget": cell.cloak.budget,
+        "victim": cell.victim,
+        "condition": cell.condition,
+        "cloak_seed": cell.cloak.seed,
+        "victim_seed": cell.seed,
+        "seconds": time.monotonic() - started,
+        "complete": True,
+        "settings": settings,
+    }
+    write_atomically(root / "cell.json", (json.dumps(record, indent=2) + "\n").encode())
+
+
+def protected(experiment: Experiment, cloak: Cloak) -> Tensor:
+    """A person's photos as they are published, n 3 h w in 8 bits."""
+    how, photos = experiment.protections[cloak.protection], originals(experiment, cloak.person)
+    if how == "none":
+        return photos
+    if how == "noise":
+        return random_noise(photos, cloak.budget, cloak.seed)
+    folder = Path(how) if Path(how).is_dir() else experiment.root / "cloaks" / cloak.name / "cloaked"
+    return pixels(folder, resolution(experiment))
+
+
+def arriving(experiment: Experiment, cell: Cell) -> Tensor:
+    """The published photos after what happened to them on the way."""
+    person, side = experiment.everyone()[cell.cloak.person], resolution(experiment)
+    others = person.extra_photos or person.clean_photos
+    scene = Scene(partial(untouched, experiment.backbone), pixels(Path(others), side), cell.cloak.seed)
+    photos = protected(experiment, cell.cloak)
+    for condition in experiment.conditions[cell.condition]:
+        photos = condition(photos, scene)
+    return photos
+
+
+def originals(experiment: Experiment, person: str) -> Tensor:
+    """A person's photos as they were, n 3 h w in 8 bits."""
+    return pixels(Path(experiment.everyone()[person].photos), resolution(experiment))
+
+
+def resolution(experiment: Experiment) -> int:
+    """Side of all pictures."""
+    return resolution_of(experiment.backbone)
+
+
+def pixels(folder: Path, side: int) -> Tensor:
+    """All photos of a folder."""
+    return torch.stack([photo.pixels for photo in load_photos(folder, side)])
+
+
+@cache
+def untouched(name: str) -> Backbone:
+    """The base model, loaded once for all cells of a worker."""
+    return load_backbone(name)
+
+
+def cloak_settings(experiment: Experiment, cloak: Cloak) -> dict[str, Any]:
+    """What a cloak's pixels depend on."""
+    person: Person = experiment.everyone()[cloak.person]
+    return {
+        "backbone": experiment.backbone,
+        "protection": experiment.protections.get(cloak.protection, BASE),
+        "budget": cloak.budget,
+        "seed": cloak.seed,
+        "photos": contents(person.photos),
+        "clean_photos": contents(person.clean_photos),
+    }
+
+
+def cell_settings(experiment: Experiment, cell: Cell) -> dict[str, Any]:
+    """What a cell's figures depend on."""
+    trained = cell.cloak.protection != BASE
+    return {
+        "cloak": cloak_settings(experiment, cell.cloak),
+        "victim": experiment.victims[cell.victim] if trained else BASE,
+        "condition": describe(experiment.conditions[cell.condition]) if trained else [],
+        "seed": cell.seed,
+        "generation": describe(experiment.generation),
+        "references": [contents(folder) for folder in experiment.everyone()[cell.cloak.person].references],
+    }
+
+
+@cache
+def contents(folder: str) -> list[str]:
+    """SHA-256 of each photo of a folder."""
+    return [photo.sha256 for photo in load_photos(Path(folder), 8)]
+
+
+def finished(record: Path, settings: dict[str, Any]) -> bool:
+    """Whether a cell or a cloak is done.
+
+    Raises:
+        InputError: it is done, but with other settings: the folder is another experiment's.
+    """
+    if not record.is_file():
+        return False
+    changed = differences(json.loads(record.read_text(encoding="utf-8"))["settings"], settings)
+    if changed:
+        raise InputError(
+            f"{record.parent} was made with other settings ({changed[0]}): give the experiment another --name, or "
+            f"delete that folder"
+        )
+    return True

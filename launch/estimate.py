@@ -1,0 +1,64 @@
+"""How long an experiment will take, from a few passes through its base model on this machine."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from antidreambooth.loading import load_backbone, resolution_of
+from antidreambooth.precision import computes_in_bf16
+from launch.experiment import BASE, Experiment
+
+BATCH = 4
+ROUNDS, STEPS, PGD = 50, 6, 6  # of a cloak as published: rounds, surrogate and PGD steps in a round
+PHOTOS = 4  # a person has, typically
+ENCODER = 2.0  # a PGD step through encoder and U-Net, in passes through the U-Net
+FORWARD = 1 / 3  # of a pass forward and back
+OVERHEAD = 8.0  # seconds a cell: loading, writing, finding and measuring faces
+
+
+def estimate(experiment: Experiment, workers: int, cloaks: int, cells: int) -> float:
+    """Seconds for what is left to do, give or take a half; on GPUs the passes are timed on the first one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        passed = _seconds_a_pass(experiment.backbone, device)
+        defaults = load_backbone(experiment.backbone).defaults
+    finally:
+        torch.set_num_threads(threads)
+    asked = experiment.generation
+    sampling = asked.sampling_steps or defaults.sampling_steps
+    pictures = len(asked.prompts) * asked.images * sampling * 2 * FORWARD  # two for guidance
+    recipes = [defaults.recipe("lora" if "lora" in how else "full") for how in experiment.victims.values()]
+    victim = sum(recipe.steps * recipe.batch_size for recipe in recipes) / len(recipes)
+    cloak = ROUNDS * (STEPS * defaults.surrogate.batch_size + PGD * PHOTOS * ENCODER)
+    return (passed * (cloaks * cloak + cells * (victim + pictures)) + cells * OVERHEAD) / workers
+
+
+def _seconds_a_pass(name: str, device: torch.device) -> float:
+    """Of one image through the U-Net, forward and back."""
+    backbone = load_backbone(name).to(device)
+    backbone.unet.requires_grad_(True)
+    side = resolution_of(name) // backbone.downscale
+    latents = torch.zeros(BATCH, backbone.latent_channels, side, side, device=device)
+    timesteps = torch.zeros(BATCH, dtype=torch.long, device=device)
+    embeddings = backbone.embed([backbone.defaults.class_prompt]).expand(BATCH, -1, -1)
+    times = []
+    for _ in range(3):  # the first one warms up
+        started = time.monotonic()
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16() or device.type == "cuda"):
+            loss = backbone.denoising_loss(latents, timesteps, torch.ones_like(latents), embeddings).sum()
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - started)
+    return min(times) / BATCH
+
+
+def left(experiment: Experiment) -> tuple[int, int]:
+    """Cloaks and cells that are not finished."""
+    cloaks = [c for c in experiment.cloaks() if not (experiment.root / "cloaks" / c.name / "done.json").is_file()]
+    cells = [c for c in experiment.cells() if not (experiment.root / "cells" / c.name / "cell.json").is_file()]
+    return len(cloaks), len([c for c in cells if c.cloak.protection != BASE])

@@ -1,0 +1,138 @@
+"""Are these photos protected, and against what? Victims trained on photos under every protection, measured, compared.
+
+Run the same command again to go on after an interruption: what is finished is kept.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from antidreambooth.errors import InputError
+from antidreambooth.evaluation.cells import read_cells
+from antidreambooth.evaluation.quality import cloak_quality
+from antidreambooth.photos import write_atomically
+from launch.cell import Fit, make_cloak, originals, protected, run_cell
+from launch.estimate import estimate, left
+from launch.experiment import BASE, Cell, Cloak, Experiment, Person
+from launch.jobs import run_jobs, workers_of
+
+OWN = "you"
+
+
+def verdict(arguments: list[str], fit: Fit) -> None:
+    """Runs an experiment, or (as one of its jobs) a share of it.
+
+    Args:
+        arguments: the command line after ``verdict``.
+        fit: runs a command line of this project.
+    """
+    options = parser().parse_args(arguments)
+    experiment = read_experiment(options)
+    if options.share:
+        work(experiment, options.share, fit)
+        return
+    failed = run(experiment, arguments)
+    report(experiment, failed)
+    if failed:
+        raise InputError(
+            f"{len(failed)} cells failed, the first: {next(iter(failed.items()))}; run the same command again to retry"
+        )
+
+
+def parser() -> ArgumentParser:
+    """The command's options: those of an experiment, and the short form for one's own photos."""
+    options = ArgumentParser(prog="cli.py verdict", description=__doc__)
+    options.add_argument("-c", "--config", action="config", help="an experiment's file, see configs/verdict")
+    options.add_argument("--photos", type=str | None, help="your cloaked photos: a verdict on these alone")
+    options.add_argument("--clean_photos", type=str | None, help="for --photos: others of you, not cloaked")
+    options.add_argument("--share", type=str | None, help="PHASE:NUMBER/JOBS, given to the jobs that this starts")
+    options.add_class_arguments(Experiment)
+    return options
+
+
+def read_experiment(options: Namespace) -> Experiment:
+    """The experiment that the options describe."""
+    values = vars(parser().instantiate(options))
+    photos, clean = values.pop("photos"), values.pop("clean_photos")
+    if bool(photos) != bool(clean):
+        raise InputError("give both: --photos (your cloaked ones) and --clean_photos (others of you, not cloaked)")
+    if photos:
+        values |= {"people": {OWN: Person(clean, clean)}, "protections": {"none": "none", "cloaked": photos}}
+        if not Path(photos).is_dir():
+            raise InputError(f"{photos} is no folder: --photos is the folder of your cloaked photos")
+    return Experiment(**{key: value for key, value in values.items() if key not in ("config", "share")})
+
+
+def run(experiment: Experiment, arguments: list[str]) -> dict[str, str]:
+    """Cloaks first, then cells, each as one job a worker; returns what failed and why."""
+    cloaks, cells = left(experiment)
+    workers = workers_of(experiment.launcher)
+    if cloaks or cells:
+        minutes = estimate(experiment, workers, cloaks, cells) / 60
+        print(f"{cloaks} cloaks and {cells} victims to do, {workers} at a time: about {minutes:.0f} min", flush=True)
+    phases: list[tuple[str, list[Path]]] = [
+        ("cloaks", [cloak_folder(experiment, cloak) / "done.json" for cloak in experiment.cloaks()]),
+        ("cells", [cell_folder(experiment, cell) / "cell.json" for cell in experiment.cells()]),
+    ]
+    for phase, results in phases:
+        waiting = [result for result in results if not result.is_file()]
+        for result in waiting:
+            failure(result.parent).unlink(missing_ok=True)
+        jobs = min(workers, len(waiting))
+        commands = [
+            [sys.executable, "cli.py", "verdict", *arguments, f"--share={phase}:{number}/{jobs}"]
+            for number in range(jobs)
+        ]
+        if commands:
+            run_jobs(commands, experiment.launcher, experiment.root / "jobs", phase, len(results), counter(results))
+    everything = [result.parent for _, results in phases for result in results]
+    return {f.name: failure(f).read_text(encoding="utf-8") for f in everything if failure(f).is_file()}
+
+
+def work(experiment: Experiment, share: str, fit: Fit) -> None:
+    """A job's part: every JOBS-th cloak or cell; what fails is written down and does not stop the others."""
+    phase, _, part = share.partition(":")
+    number, jobs = map(int, part.split("/"))
+    tasks: list[tuple[Path, Callable[[], None]]]
+    if phase == "cloaks":
+        tasks = [(cloak_folder(experiment, c), lambda c=c: make_cloak(experiment, c, fit)) for c in experiment.cloaks()]
+    else:
+        tasks = [(cell_folder(experiment, c), lambda c=c: run_cell(experiment, c, fit)) for c in experiment.cells()]
+    for folder, task in tasks[number::jobs]:
+        try:
+            task()
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            write_atomically(failure(folder), f"{str(error) or type(error).__name__}".splitlines()[0].encode())
+        gc.collect()
+
+
+def report(experiment: Experiment, failed: dict[str, str]) -> None:
+    """Tables, the page, and the verdict in a paragraph."""
+    print(len(read_cells(experiment.root)), failed, originals, protected, cloak_quality, BASE)
+
+
+def cloak_folder(experiment: Experiment, cloak: Cloak) -> Path:
+    """Where a cloak lies."""
+    return experiment.root / "cloaks" / cloak.name
+
+
+def cell_folder(experiment: Experiment, cell: Cell) -> Path:
+    """Where a cell lies."""
+    return experiment.root / "cells" / cell.name
+
+
+def failure(folder: Path) -> Path:
+    """The file that says why a cloak or cell failed."""
+    return folder.with_suffix(folder.suffix + ".failed")
+
+
+def counter(results: list[Path]) -> Callable[[], int]:
+    """Counts those that are there."""
+    return lambda: sum(result.is_file() for result in results)

@@ -1,0 +1,112 @@
+"""What every run on a base model shares: loading it, the seed, the settings that its checkpoints belong to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from lightning import LightningModule
+from tqdm import tqdm
+
+from antidreambooth.backbone import Backbone, Posterior
+from antidreambooth.class_images import class_images
+from antidreambooth.dreambooth import PriorPreservation
+from antidreambooth.errors import InputError
+from antidreambooth.loading import load_backbone, resolution_of
+from antidreambooth.photos import to_float
+from antidreambooth.records import describe, differences
+from antidreambooth.turns import Turn
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+class BackboneModule(LightningModule):
+    """A run that trains or uses a base model with fp32 weights.
+
+    Args:
+        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        resolution: side of the pictures in pixels; what the backbone was made for when not given.
+    """
+
+    backbone: Backbone
+    buffers_kept: tuple[str, ...] = ()  # in checkpoints, beside what is trained
+
+    def __init__(self, *, backbone: str, revision: str | None, variant: str | None, resolution: int | None) -> None:
+        super().__init__()
+        self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
+        self.resolution = resolution or resolution_of(backbone, revision)
+
+    def setup(self, stage: str) -> None:
+        """Refuses half-true precision before any weight is loaded."""
+        if self.trainer.precision not in PRECISIONS:
+            raise InputError(
+                f"{type(self).__name__} keeps fp32 weights: use --trainer.precision {' or '.join(PRECISIONS)}, "
+                f"got {self.trainer.precision}"
+            )
+
+    def configure_model(self) -> None:
+        """Loads the backbone onto the device that will run it."""
+        if hasattr(self, "backbone"):
+            return
+        settings = self.hparams
+        self.backbone = load_backbone(settings.backbone, settings.revision, settings.variant)
+        self.backbone.to(self.trainer.strategy.root_device)
+        self.fingerprint = self.backbone.fingerprint()
+
+    def prompt(self, text: str) -> str:
+        """A prompt as the model in training knows it."""
+        return text
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, where ``seed_everything`` leaves it."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def turn_of(self, number: int) -> Turn:
+        """This rank's source of randomness for a round or a step."""
+        return Turn(number, self.seed, self.global_rank, self.trainer.world_size)
+
+    def effective(self) -> dict[str, Any]:
+        """Settings whose values are found out at run time."""
+        return {"resolution": self.resolution, "backbone_sha256": self.fingerprint}
+
+    def record(self) -> dict[str, Any]:
+        """What determines the result, as plain values: for the manifest, and to refuse to go on with other settings."""
+        model = {"class": type(self).__name__, **describe({**self.hparams, **self.effective()})}
+        settings = {"model": model, "precision": self.trainer.precision}
+        data = getattr(self.trainer, "datamodule", None)
+        return {"seed": self.seed, "settings": settings, **(data.record() if data is not None else {})}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what was trained, and the settings that it belongs to."""
+        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {*self.buffers_kept}
+        checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
+        checkpoint.pop(self.CHECKPOINT_HYPER_PARAMS_KEY, None)
+        checkpoint["record"] = self.record()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other settings."""
+        changed = differences(checkpoint.get("record", {}), self.record())
+        if changed:
+            raise InputError(
+                "the checkpoint was made with other settings: "
+                + "; ".join(changed)
+                + ". Go on with the same ones, or start anew without --ckpt_path"
+            )
+
+    def class_posterior(self, prior: PriorPreservation, micro_batch: int) -> Posterior:
+        """Latents of the class images that prior preservation wants; call it while the backbone is untouched."""
+        assert prior.class_prompt is not None
+        pictures = class_images(
+            self.backbone, prior.class_prompt, prior.images, self.resolution, progress=self._progress("class images")
+        )
+        return self.backbone.encode_all(to_float(pictures).to(self.device), micro_batch)
+
+    def _progress(self, what: str) -> Any:
+        def bar(batches: Iterable[int]) -> Iterable[int]:
+            return tqdm(batches, desc=what, disable=self.global_rank > 0 or not batches)
+
+        return bar
