@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from antidreambooth.backbone import Backbone
 from antidreambooth.defaults import Role
 from antidreambooth.errors import InputError
-from antidreambooth.loading import load_backbone
+from antidreambooth.loading import load_backbone, quiet
 
 
 class Adaptation(ABC):
@@ -69,7 +69,8 @@ class Full(Adaptation):
 
     def save(self, backbone: Backbone, folder: Path) -> None:
         """A folder for ``StableDiffusionPipeline.from_pretrained``, which is a backbone of this project, too."""
-        backbone.pipeline().save_pretrained(folder, safe_serialization=True)
+        with quiet():
+            backbone.pipeline().save_pretrained(folder, safe_serialization=True)
         backbone.defaults.write(folder)
 
     def load(self, backbone: Backbone, folder: Path) -> None:

@@ -65,7 +65,7 @@ def load_backbone(name: str, revision: str | None = None, variant: str | None = 
     weights = {**where, "variant": variant, "use_safetensors": True}
 
     def load(component: Any, part: str, **kwargs: Any) -> Any:
-        with _named_errors(name, part), _quiet():
+        with _named_errors(name, part), quiet():
             return component.from_pretrained(source, subfolder=part, **kwargs)
 
     backbone = Backbone(
@@ -133,8 +133,8 @@ def _named_errors(name: str, part: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar of a library while weights load (a second or two)."""
+def quiet() -> Iterator[None]:
+    """No progress bar of a library while weights are read or written (a second or two)."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -78,7 +78,7 @@ def run_cell(experiment: Experiment, cell: Cell, fit: Fit) -> None:
         for name, photo in zip(names, arriving(experiment, cell), strict=True):
             write_png(root / "photos" / name, photo)
         fit(["fit", *victim, f"--data.photos={root / 'photos'}", "--checkpoint.every_n_train_steps=0"])
-    generation = {key: value for key, value in describe(experiment.generation).items() if key != "class"}
+    generation = {key: value for key, value in vars(experiment.generation).items() if value is not None}
     asked = [f"--model.generation.{key}={json.dumps(value)}" for key, value in generation.items()]
     fit(["test", *victim, f"--data.reference_photos={json.dumps(person.references)}", *asked])
     if not experiment.keep_models:

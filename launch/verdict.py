@@ -15,11 +15,12 @@ from jsonargparse import ArgumentParser, Namespace
 
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.cells import read_cells
-from antidreambooth.evaluation.quality import cloak_quality
+from antidreambooth.evaluation.quality import LPIPS_MISSING, largest_difference, lpips, lpips_available, psnr, ssim
+from antidreambooth.evaluation.report import paragraph, write_report
 from antidreambooth.photos import write_atomically
 from launch.cell import Fit, make_cloak, originals, protected, run_cell
 from launch.estimate import estimate, left
-from launch.experiment import BASE, Cell, Cloak, Experiment, Person
+from launch.experiment import Cell, Cloak, Experiment, Person
 from launch.jobs import run_jobs, workers_of
 
 OWN = "you"
@@ -97,6 +98,7 @@ def run(experiment: Experiment, arguments: list[str]) -> dict[str, str]:
 
 def work(experiment: Experiment, share: str, fit: Fit) -> None:
     """A job's part: every JOBS-th cloak or cell; what fails is written down and does not stop the others."""
+    sys.argv = sys.argv[:1]  # LightningCLI warns about arguments of the process beside the given ones
     phase, _, part = share.partition(":")
     number, jobs = map(int, part.split("/"))
     tasks: list[tuple[Path, Callable[[], None]]]
@@ -109,13 +111,45 @@ def work(experiment: Experiment, share: str, fit: Fit) -> None:
             task()
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            write_atomically(failure(folder), f"{str(error) or type(error).__name__}".splitlines()[0].encode())
+            reason = "its command line is wrong" if str(error) == "2" else str(error) or type(error).__name__
+            write_atomically(failure(folder), f"{reason.splitlines()[0]} (more in {experiment.root / 'jobs'})".encode())
         gc.collect()
 
 
 def report(experiment: Experiment, failed: dict[str, str]) -> None:
-    """Tables, the page, and the verdict in a paragraph."""
-    print(len(read_cells(experiment.root)), failed, originals, protected, cloak_quality, BASE)
+    """Tables and the page; on the screen the verdict in a paragraph, or the readable table's place."""
+    wanted = {cell.name for cell in experiment.cells()}
+    cells = [cell for cell in read_cells(experiment.root) if cell.name in wanted]
+    if not cells:
+        return
+    qualities = {
+        (cell.cloak.person, cell.cloak.protection, cell.cloak.budget): quality(experiment, cell.cloak)
+        for cell in experiment.cells()
+        if cell.name in {done.name for done in cells} and cell.cloak.budget
+    }
+    page = write_report(
+        experiment.root,
+        cells,
+        title=experiment.name,
+        expected=len(wanted),
+        failed=list(failed.items()),
+        notes=[] if lpips_available() else [LPIPS_MISSING],
+        qualities=qualities,
+    )
+    if set(experiment.everyone()) == {OWN}:
+        print(paragraph(cells))
+    print(f"the page: {page}; the table: {experiment.root / 'table.md'}", flush=True)
+
+
+def quality(experiment: Experiment, cloak: Cloak) -> dict[str, float | None]:
+    """How much a protection changes a person's photos, on average; the largest difference is that of all."""
+    pair = originals(experiment, cloak.person), protected(experiment, cloak)
+    return {
+        "psnr": float(psnr(*pair).nanmean()),
+        "ssim": float(ssim(*pair).mean()),
+        "lpips": float(lpips(*pair).mean()) if lpips_available() else None,
+        "largest_difference": int(largest_difference(*pair).max()),
+    }
 
 
 def cloak_folder(experiment: Experiment, cloak: Cloak) -> Path:

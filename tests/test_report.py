@@ -40,7 +40,7 @@ def write_cell(
             name, face, own = f"images/0-{index:02d}.png", index < images - 1, index < round(accepted * images)
             colour = (60, 140, 90) if own else (150, 150, 160)
             pixels = np.clip(np.array(colour) + rng.normal(0, 20, (8, 8, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).resize((128, 128)).save(place / name)
+            Image.fromarray(pixels).save(place / name)
             ism = np.clip(rng.normal(0.7 if own else 0.2, 0.05), -1, 1)
             row = {"prompt": "a photo", "index": index, "file": name, "face": int(face or own), "accepted": int(own)}
             row |= {"ism": ism, "distance": 1 - ism / 2, "stability": 0.8} if face or own else {"ism": ""}
@@ -66,3 +66,221 @@ def report(folder: Path, **given) -> tuple[str, str, list[dict[str, str]]]:
     page = write_report(folder, cells, **{"title": "quick", "expected": len(cells), "resamples": 200} | given)
     with (folder / "table.csv").open() as file:
         return page.read_text(), (folder / "table.md").read_text(), list(csv.DictReader(file))
+
+
+class Page(HTMLParser):
+    """Tags that are balanced, and what the page links."""
+
+    VOID = ("meta", "link", "img", "line", "circle")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.links, self.images = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "xlink:href")]
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_everything_is_written_and_opens_from_disk(tmp_path):
+    write_experiment(tmp_path)
+    html, markdown, rows = report(tmp_path)
+    page = Page(html)
+    assert {"svg", "table", "img", "th"} <= set(page.tags)
+    assert "script" not in page.tags
+    assert not [link for link in page.links if "//" in link]
+    assert "url(" not in html
+    assert "@import" not in html
+    assert all((tmp_path / link).is_file() for link in page.links if not link.startswith("data:"))
+    assert all(image["alt"] for image in page.images)
+    assert len(page.images) == 3 * 7 * 6  # people, settings, pictures
+    assert "aspl 8" in markdown
+    assert {row["measure"] for row in rows} >= {"acceptance", "joint_ism", "ism", "fdfr", "brisque"}
+
+
+def test_figures_and_paired_differences(tmp_path):
+    write_experiment(tmp_path)
+    rows = report(tmp_path)[2]
+    found = {
+        (row["condition"], row["control"]): row
+        for row in rows
+        if row["protection"] == "aspl" and row["measure"] == "acceptance"
+    }
+    assert set(found) == {(way, control) for way in ("nothing", "jpeg75") for control in ("", "none", "noise")}
+    assert float(found["nothing", ""]["mean"]) == 1 / 16
+    assert float(found["nothing", "none"]["mean"]) == -14 / 16
+    assert float(found["nothing", "none"]["high"]) < 0 < float(found["jpeg75", "none"]["high"])
+    assert (found["nothing", ""]["people"], found["nothing", ""]["cells"]) == ("3", "6")
+
+
+def test_the_same_cells_give_the_same_files(tmp_path):
+    write_experiment(tmp_path)
+    assert report(tmp_path) == report(tmp_path)
+
+
+def test_failures_come_first(tmp_path):
+    write_experiment(tmp_path)
+    html, markdown, _ = report(tmp_path)
+    for text in (html, markdown):
+        assert "Partly protected: of 2 settings tried, protection held in 1 and not in 1." in text
+        fails, held = text.index("Where protection does not hold"), text.index("Where protection held here")
+        assert fails < held < text.index("BRISQUE")
+        assert "jpeg75" in text[fails:held]
+        assert "jpeg75" not in text[held : text.index("</section>" if text == html else "## Figures", held)]
+
+
+def test_a_weak_victim_judges_nothing(tmp_path):
+    write_experiment(tmp_path, none=0.5)
+    for text in report(tmp_path)[:2]:
+        assert "The victim full is too weak to judge protections" in text
+        assert "protection held in 0" in text
+
+
+def test_a_protection_without_control_is_not_judged(tmp_path):
+    write_cell(tmp_path, "Ada", "aspl", 0.0, budget=8)
+    html, markdown, _ = report(tmp_path)
+    assert "No verdict: the control none is missing for the same people and seeds." in html
+    assert "Nothing." in markdown
+
+
+def test_a_face_that_is_still_recognised_is_a_failure_even_if_it_fell(tmp_path):
+    write_cell(tmp_path, "Ada", "none", 1.0, images=64)
+    write_cell(tmp_path, "Ada", "aspl", 0.5, budget=8, images=64)
+    assert "Not protected against anything tried here" in report(tmp_path)[0]
+
+
+def test_only_the_same_person_and_seed_are_compared(tmp_path):
+    write_cell(tmp_path, "Ada", "none", 1.0, seed=0)
+    write_cell(tmp_path, "Ada", "none", 0.0, seed=1)
+    write_cell(tmp_path, "Ben", "none", 0.0, seed=0)
+    write_cell(tmp_path, "Ada", "aspl", 0.5, budget=8, seed=0)
+    rows = report(tmp_path)[2]
+    differences = [row for row in rows if row["control"] == "none" and row["measure"] == "acceptance"]
+    assert [(row["mean"], row["people"], row["over"]) for row in differences] == [("-0.5", "1", "images only")]
+
+
+def test_noise_of_another_budget_is_no_control(tmp_path):
+    write_cell(tmp_path, "Ada", "none", 1.0)
+    write_cell(tmp_path, "Ada", "noise", 1.0, budget=4)
+    write_cell(tmp_path, "Ada", "aspl", 0.0, budget=8)
+    html, _, rows = report(tmp_path)
+    assert {row["control"] for row in rows if row["protection"] == "aspl"} == {"", "none"}
+    assert "not compared with noise of the same budget" in html
+
+
+def test_measures_may_be_missing(tmp_path):
+    columns = tuple(column for column in COLUMNS if column not in ("stability", "brisque", "joint_ism", "distance"))
+    write_cell(tmp_path, "Ada", "none", 1.0, columns=columns)
+    write_cell(tmp_path, "Ada", "aspl", 0.0, budget=8, columns=columns)
+    html, _, rows = report(tmp_path)
+    assert {row["measure"] for row in rows} == {"acceptance", "ism", "fdfr"}
+    assert "BRISQUE" not in html
+
+
+def test_without_a_verifier_there_is_no_verdict(tmp_path):
+    for protection in ("none", "aspl"):
+        write_cell(tmp_path, "Ada", protection, 1.0, columns=("prompt", "index", "file", "brisque"))
+    assert "No verdict: acceptance was not measured." in report(tmp_path)[0]
+    assert paragraph(read_cells(tmp_path)).startswith("Nothing can be said about the photos of Ada")
+
+
+def test_no_face_is_not_the_persons_face(tmp_path):
+    place = write_cell(tmp_path, "Ada", "none", 0.5, images=4)
+    text = (place / "per_image.csv").read_text().splitlines()
+    header = text[0].split(",")
+    rows = [dict(zip(header, line.split(","), strict=True)) for line in text[1:]]
+    rows[3] |= {"accepted": "", "joint_ism": ""}  # the one without a face
+    (place / "per_image.csv").write_text("\n".join([text[0], *(",".join(row.values()) for row in rows)]))
+    cell = read_cells(tmp_path)[0]
+    assert cell.values["acceptance"].tolist() == [1, 1, 0, 0]
+    assert cell.values["joint_ism"][3] == 0
+    assert np.isnan(cell.values["ism"][3])
+
+
+def test_unfinished_and_failed_cells_are_counted(tmp_path):
+    write_cell(tmp_path, "Ada", "none", 1.0)
+    write_cell(tmp_path, "Ada", "aspl", 1.0, budget=8, complete=False)
+    (tmp_path / "cells" / "started").mkdir()
+    html, markdown, _ = report(tmp_path, expected=3, failed=[("ada-lora", "out of memory | <b>")])
+    for text in (html, markdown):
+        assert "1 of 3 cells finished" in text
+        assert "1 failed" in text
+        assert "out of memory" in text
+        assert "<b>" not in text.replace("<b>ada-lora</b>", "").partition("Failed")[2]
+
+
+def test_a_report_of_nothing(tmp_path):
+    html, markdown, rows = report(tmp_path, expected=4)
+    assert "No protection has been measured yet." in html
+    assert "0 of 4 cells finished" in markdown
+    assert rows == []
+
+
+def test_names_are_text(tmp_path):
+    name = '<script>alert("1")</script>|`'
+    write_cell(tmp_path, name, "none", 1.0)
+    html, _, _ = report(tmp_path, title=name, notes=[name], qualities={(name, "none", 0.0): {"psnr": None}})
+    page = Page(html)
+    assert "script" not in page.tags
+    assert page.images[0]["alt"].startswith(name)
+
+
+def test_qualities_and_notes_are_shown(tmp_path):
+    write_experiment(tmp_path, people=("Ada",))
+    quality = {"psnr": 36.21, "ssim": 0.951, "lpips": None, "largest_difference": 8}
+    html, _, _ = report(tmp_path, notes=["LPIPS is left out"], qualities={("Ada", "aspl", 8.0): quality})
+    assert "<td>36.2</td><td>0.951</td><td>\N{EN DASH}</td><td>8</td>" in html
+    assert "LPIPS is left out" in html
+    assert "Only one person" in html
+
+
+def test_a_cell_without_figures_names_the_fix(tmp_path):
+    place = write_cell(tmp_path, "Ada", "none", 1.0)
+    (place / "per_image.csv").write_text(",".join(COLUMNS))
+    with pytest.raises(InputError, match="remove its folder and run again"):
+        read_cells(tmp_path)
+    (place / "per_image.csv").unlink()
+    with pytest.raises(InputError, match="remove its folder and run again"):
+        read_cells(tmp_path)
+
+
+def test_the_paragraph_counts_pictures(tmp_path):
+    write_cell(tmp_path, "Ada", "none", 0.97, images=64)
+    write_cell(tmp_path, "Ada", "cloaked", 0.05, images=64)
+    text = paragraph(read_cells(tmp_path))
+    assert "62 of 64 pictures from unprotected photos" in text
+    assert "3 of 64 pictures from cloaked photos" in text
+    assert "another model" in text
+    assert "too weak" not in text
+
+
+def test_the_paragraph_knows_a_weak_attack(tmp_path):
+    write_cell(tmp_path, "Ada", "none", 0.5)
+    write_cell(tmp_path, "Ada", "cloaked", 0.0)
+    write_cell(tmp_path, "Ada", "base", 0.0, victim="untrained")
+    text = paragraph(read_cells(tmp_path))
+    assert "too weak an attack to prove protection" in text
+    assert "A model that had seen nobody drew that face in 0 of 16 pictures." in text
+
+
+def test_nothing_promises_safety(tmp_path):
+    write_experiment(tmp_path)
+    html, markdown, _ = report(tmp_path)
+    for text in (html, markdown, paragraph(read_cells(tmp_path))):
+        for said in ("is safe", "are safe", "guarantee", "fully protected", "secure"):
+            assert said not in text.replace("does not show that a photo is safe", "").replace(
+                "Nothing here says that a photo is safe", ""
+            )

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float64, UInt8
 from torch import Tensor
 
+from antidreambooth.errors import InputError
+
 BRISQUE_MISSING = "BRISQUE is left out: it needs the model of the package brisque (pip install --no-deps brisque)"
 
 
@@ -39,7 +41,11 @@ def brisque_available() -> bool:
 
 @torch.no_grad()
 def brisque(images: UInt8[Tensor, "n 3 h w"]) -> Float64[Tensor, " n"]:
-    """About 0 (good) to 100 (bad); NaN for a picture without texture. Of pictures of at least 16 pixels."""
+    """About 0 (good) to 100 (bad); NaN for a picture without texture.
+
+    Raises:
+        InputError: The package ``brisque`` is not installed.
+    """
     model = _model()
     found = features(images).to(model.lowest)
     scaled = 2 * (found - model.lowest) / (model.highest - model.lowest) - 1
@@ -58,10 +64,10 @@ def features(images: UInt8[Tensor, "n 3 h w"]) -> Float64[Tensor, "n 36"]:
 def _normalised(grey: Float64[Tensor, "n 1 h w"]) -> Float64[Tensor, "n h w"]:
     """Equation 1: minus the local mean, over the local standard deviation plus 1 (Gaussian window of 7 pixels)."""
     line = torch.exp(-0.5 * (torch.arange(-3.0, 4.0, dtype=grey.dtype, device=grey.device) / (7 / 6)).square())
-    window = (line[:, None] * line / line.sum().square())[None, None]
+    row = (line / line.sum())[None, None, None]
 
     def blurred(image: Tensor) -> Tensor:
-        return F.conv2d(F.pad(image, (3, 3, 3, 3), mode="reflect"), window)
+        return F.conv2d(F.conv2d(F.pad(image, (3, 3, 3, 3), mode="reflect"), row), row.mT)
 
     mean = blurred(grey)
     deviation = (blurred(grey.square()) - mean.square()).abs().sqrt()
@@ -104,7 +110,8 @@ def _root_mean(square: Float64[Tensor, "n p"], where: Tensor) -> Float64[Tensor,
 @cache
 def _model() -> _Model:
     package = find_spec("brisque")
-    assert package is not None and package.origin is not None, BRISQUE_MISSING
+    if package is None or package.origin is None:
+        raise InputError(BRISQUE_MISSING)
     folder = Path(package.origin).parent / "models"
     ranges = pickle.loads((folder / "normalize.pickle").read_bytes())  # noqa: S301 (two lists of an installed package)
     header, _, body = (folder / "svm.txt").read_text(encoding="ascii").partition("\nSV\n")

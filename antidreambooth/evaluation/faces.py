@@ -67,13 +67,15 @@ class FaceModel(ABC):
 
 
 class Dlib(FaceModel):
-    """dlib's HOG detector, five landmarks and 128-d ResNet (http://blog.dlib.net/2017/02/high-quality-face-recognition-with-deep.html).
+    """dlib's HOG detector, five landmarks and 128-d ResNet.
 
-    Same person below a Euclidean distance of 0.6, as published there. From dlib's descriptors a fixed mean face is
-    subtracted: distances stay what they are, and the cosine of two strangers becomes about 0 instead of .84, so that
-    ISM reads as likeness and a stranger counts in joint ISM as no face does. The mean face, ``dlib_centre.safetensors``,
-    is that of the 267 faces found in 300 pictures of the embedded base model: ``a photo of a person``, guidance 2.5,
-    25 steps, ``noise_of(backbone, 128, range(300), seed=0)``.
+    Same person below a Euclidean distance of 0.6, as published:
+    http://blog.dlib.net/2017/02/high-quality-face-recognition-with-deep.html
+
+    From dlib's descriptors a fixed mean face is subtracted: distances stay what they are, and the cosine of two
+    strangers becomes about 0 instead of .84, so that ISM reads as likeness, and a stranger counts in joint ISM as no
+    face does. The mean, ``dlib_centre.safetensors``, is over the 267 faces found in 300 pictures of the embedded base
+    model: ``a photo of a person``, guidance 2.5, 25 steps, ``noise_of(backbone, 128, range(300), seed=0)``.
     """
 
     name = "dlib"
@@ -104,20 +106,23 @@ class Dlib(FaceModel):
 
     def distance(self, a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
         """Euclidean."""
-        return (a[:, None] - b[None]).norm(dim=-1)
+        distance: Tensor = torch.linalg.vector_norm(a[:, None] - b[None], dim=-1)
+        return distance
 
     @staticmethod
     def _face(image: Tensor, box: Any) -> Face:
         shape = _dlib().predictor(_pixels(image), box)
         landmarks = torch.tensor([[part.x, part.y] for part in shape.parts()], dtype=torch.float32)
-        return Face((box.left(), box.top(), box.right(), box.bottom()), landmarks)
+        edges = float(box.left()), float(box.top()), float(box.right()), float(box.bottom())
+        return Face(edges, landmarks)
 
 
 class UniFace(FaceModel):
-    """RetinaFace (arXiv:1905.00641) and ArcFace (arXiv:1801.07698, ResNet-50) as packaged by uniface; fetched on first use.
+    """RetinaFace (arXiv:1905.00641) and ArcFace (arXiv:1801.07698, ResNet-50) as packaged by uniface.
 
-    Needs the extra ``uniface``. Same person below a cosine distance of 0.68: the threshold for ArcFace of
-    https://github.com/serengil/deepface (``deepface/modules/verification.py``), as the papers publish none.
+    Needs the extra ``uniface``, which fetches the weights on first use. Same person below a cosine distance of 0.68:
+    the threshold for ArcFace of https://github.com/serengil/deepface (``deepface/modules/verification.py``), as the
+    papers publish none.
     """
 
     name = "uniface"
@@ -198,7 +203,8 @@ def _dlib() -> _Dlib:
     import dlib  # here, as it takes a while
 
     package = find_spec("face_recognition_models")  # not imported: that needs pkg_resources, which setuptools dropped
-    assert package is not None and package.origin is not None
+    assert package
+    assert package.origin
     models = Path(package.origin).parent / "models"
     return _Dlib(
         dlib.get_frontal_face_detector(),
@@ -220,7 +226,7 @@ def _uniface() -> _UniFace:
         from uniface import ArcFace, RetinaFace, face_alignment
         from uniface.constants import ArcFaceWeights
     except ImportError as error:
-        raise InputError("UniFace needs the extra uniface: pip install 'antidreambooth[uniface]'") from error
+        raise InputError("UniFace needs the extra uniface: pip install -e '.[uniface]'") from error
     try:
         return _UniFace(RetinaFace(), ArcFace(model_name=ArcFaceWeights.RESNET), face_alignment)
     except (OSError, RuntimeError) as error:  # no network, no room, or a damaged file

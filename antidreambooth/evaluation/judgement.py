@@ -91,12 +91,9 @@ class Group:
     @property
     def reasons(self) -> list[str]:
         """Why, in words; where it held, what weakens that."""
-        acceptance = self.figures.get("acceptance")
-        still = (
-            [f"still recognised in {percent(acceptance.mean)} of pictures"]
-            if self._still_recognised and acceptance
-            else []
-        )
+        still = []
+        if self._still_recognised:
+            still.append(f"still recognised in more than {percent(LOW)} of pictures")
         fallen = [f"no fall of {MEASURES[name].title} against none shown" for name in self._not_fallen]
         return [*still, *self.lacking, *fallen, *self._remarks]
 

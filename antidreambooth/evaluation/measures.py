@@ -6,7 +6,7 @@ same figures of a model that was fine-tuned on nobody.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -115,13 +115,11 @@ class EmbeddingStability(PerImage):
 
     def update(self, found: Found) -> None:
         """NaN without a face."""
-        stability = torch.full_like(found.embeddings[:, 0], torch.nan)
-        stability[found.any] = torch.tensor([self._of(face) for face in found.aligned], dtype=stability.dtype)
-        self.add(stability)
-
-    def _of(self, aligned: UInt8[Tensor, "3 s s"]) -> float:
-        same, changed = self.model.embed_aligned(disturbed(aligned)).split((1, 4))
-        return 2 * float(torch.sigmoid(-self.model.distance(same, changed).mean()))
+        distance = torch.full_like(found.embeddings[:, 0], torch.nan)
+        for index, face in zip(found.any.nonzero().flatten().tolist(), found.aligned, strict=True):
+            changed = self.model.embed_aligned(disturbed(face))
+            distance[index] = self.model.distance(found.embeddings[index, None], changed).mean()
+        self.add(2 * torch.sigmoid(-distance))
 
 
 class Brisque(PerImage):
@@ -158,7 +156,7 @@ class FaceMeasures(MetricCollection):
         ``face`` and ``accepted`` are 0 or 1; ``ism``, ``distance`` and ``stability`` are NaN without a face.
         """
         self.update(found=find(self.model, images), images=images)
-        columns = {name: metric.values[-1] for name, metric in self.items()}
+        columns = {name: cast(PerImage, metric).values[-1] for name, metric in self.items()}
         return {"face": 1 - columns.pop("fdfr"), "accepted": columns.pop("acceptance"), **columns}
 
 
@@ -174,12 +172,12 @@ def measure(
     return face_measures(model, reference, stability=stability).forward_images(images)
 
 
-def disturbed(face: UInt8[Tensor, "3 s s"]) -> UInt8[Tensor, "5 3 s s"]:
-    """An aligned face as it is, mirrored, shifted, cropped (both by a twentieth of its side), and with noise (std 8)."""
+def disturbed(face: UInt8[Tensor, "3 s s"]) -> UInt8[Tensor, "4 3 s s"]:
+    """An aligned face mirrored, shifted and cropped by a twentieth of its side, and with Gaussian noise (std 8)."""
     side, step = face.shape[-1], face.shape[-1] // 20
     shifted = F.pad(face[None].float(), (step, 0, step, 0), mode="replicate")[0, :, :side, :side]
     inner = face[None, :, step:-step, step:-step].float()
     cropped = F.interpolate(inner, (side, side), mode="bilinear", antialias=True)[0]
     noise = torch.randn(face.shape, generator=torch.Generator().manual_seed(0)).to(face.device)  # the same for each
-    changed = [face.float(), face.flip(-1).float(), shifted, cropped, face + 8 * noise]
+    changed = [face.flip(-1).float(), shifted, cropped, face + 8 * noise]
     return torch.stack(changed).round().clamp(0, 255).to(torch.uint8)

@@ -13,8 +13,8 @@ from torchmetrics.utilities import dim_zero_cat
 class PerImage(Metric):
     """Keeps a value for each picture, NaN where undefined; computes the mean of the defined ones over all ranks.
 
-    ``higher_is_better`` speaks for the person who is protected: of what a victim draws it is True where a higher mean is
-    more protection, of the cloak itself where a higher mean disturbs the photo less.
+    ``higher_is_better`` speaks for the person who is protected: of what a victim draws it is True where a higher mean
+    is more protection, of the cloak itself where a higher mean disturbs the photo less.
     """
 
     name: ClassVar[str]

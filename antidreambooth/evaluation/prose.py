@@ -13,8 +13,8 @@ CHANCE = 0.1  # a verifier that takes more pictures of nobody for the person is 
 FEW = 5  # people, below which an interval over people is a sketch
 
 _OPEN = (
-    "This is what happened in these trials and no more: another model, longer training, other ways to clean the photos, "
-    "or one unprotected photo elsewhere can turn out differently. Nothing here says that a photo is safe."
+    "This is what happened in these trials and no more: another model, longer training, other ways to clean the "
+    "photos, or one unprotected photo elsewhere can turn out differently. Nothing here says that a photo is safe."
 )
 
 
@@ -28,9 +28,7 @@ def answer(groups: Iterable[Group]) -> list[str]:
         return [f"No verdict: {'; '.join(sorted({reason for group in judged for reason in group.lacking}))}."]
     held = sum(group.status is Status.HELD for group in known)
     unjudged = f", {len(judged) - len(known)} could not be judged" if len(known) < len(judged) else ""
-    counts = (
-        f"of {_settings(len(judged))} tried, protection held in {held} and did not in {len(known) - held}{unjudged}"
-    )
+    counts = f"of {_settings(len(judged))} tried, protection held in {held} and not in {len(known) - held}{unjudged}"
     ranked = sorted(known, key=lambda group: -group.figures["acceptance"].mean)
     strongest = f"; the strongest {_recognised(ranked[-1])}" if len(ranked) > 1 else ""
     return [f"{_verdict(held, len(known))}: {counts}.", f"The weakest was {_recognised(ranked[0])}{strongest}."]
@@ -44,13 +42,13 @@ def warnings(groups: Sequence[Group], finished: int, expected: int, failed: int)
         where = name.victim if name.condition == "nothing" else f"{name.victim} after {name.condition}"
         if name.protection == "none" and acceptance and acceptance.mean < RECOGNISED:
             found.append(
-                f"The victim {where} is too weak to judge protections: it draws even unprotected people recognisably in "
-                f"only {percent(acceptance.mean)} of its pictures, less than {percent(RECOGNISED)}."
+                f"The victim {where} is too weak to judge protections: it draws even unprotected people recognisably "
+                f"in only {percent(acceptance.mean)} of its pictures, less than {percent(RECOGNISED)}."
             )
         if name.protection == "base" and acceptance and acceptance.mean > CHANCE:
             found.append(
-                f"The verifier takes {percent(acceptance.mean)} of the pictures by a model that has seen nobody for the "
-                "person: acceptance says less about recognition than it seems to."
+                f"The verifier takes {percent(acceptance.mean)} of the pictures by a model that has seen nobody for "
+                "the person: acceptance says less about recognition than it seems to."
             )
     if finished < expected:
         errors = f", {failed} failed" if failed else ""
@@ -66,7 +64,7 @@ def warnings(groups: Sequence[Group], finished: int, expected: int, failed: int)
 
 
 def paragraph(cells: Sequence[Cell]) -> str:
-    """The verdict for one person's photos, in counted pictures: what was tried, what came of it, what it leaves open."""
+    """The verdict for one person's photos, in counted pictures: what was tried, what came of it, what stays open."""
     people = ", ".join(sorted({cell.person for cell in cells}))
     settings = sorted({setting_of(cell) for cell in cells}, key=lambda setting: setting.order)
     counted = {setting: count_recognised(cell for cell in cells if setting_of(cell) == setting) for setting in settings}
@@ -117,6 +115,6 @@ def _verdict(held: int, known: int) -> str:
 
 def _recognised(group: Group) -> str:
     acceptance = group.figures["acceptance"]
-    interval = f"{percent(acceptance.low)} to {percent(acceptance.high)}"
-    without = f", {percent(group.unprotected.mean)} unprotected" if group.unprotected else ""
-    return f"{group.setting}: still recognised in {percent(acceptance.mean)} of pictures ({interval}{without})"
+    interval = f"95 % interval {percent(acceptance.low)} to {percent(acceptance.high)}"
+    without = f"; unprotected {percent(group.unprotected.mean)}" if group.unprotected else ""
+    return f"{group.setting}, still recognised in {percent(acceptance.mean)} of pictures ({interval}{without})"

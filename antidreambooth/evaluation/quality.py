@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from jaxtyping import Float, UInt8
@@ -14,6 +15,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import AlexNet_Weights
 
+from antidreambooth.errors import InputError
 from antidreambooth.evaluation.per_image import PerImage
 from antidreambooth.photos import to_float
 
@@ -52,9 +54,7 @@ def psnr(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) 
 
 def ssim(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
     """Structural similarity, at most 1, which is equal."""
-    found = structural_similarity_index_measure(
-        cloaked.double(), original.double(), data_range=255.0, reduction="none"
-    )
+    found = structural_similarity_index_measure(cloaked.double(), original.double(), data_range=255.0, reduction="none")
     assert isinstance(found, Tensor)
     return found
 
@@ -65,9 +65,13 @@ def largest_difference(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor
 
 
 def lpips(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
-    """Distance in AlexNet's features (arXiv:1801.03924), 0 is equal; only where ``lpips_available()``."""
-    net = _lpips().to(original.device)
-    found: Tensor = net(to_float(cloaked), to_float(original))
+    """Distance in AlexNet's features (arXiv:1801.03924), 0 is equal.
+
+    Raises:
+        InputError: Not ``lpips_available()``.
+    """
+    network = _lpips().to(original.device)
+    found: Tensor = network(to_float(cloaked), to_float(original))
     return found.flatten()
 
 
@@ -78,6 +82,8 @@ def lpips_available() -> bool:
 
 class CloakMeasure(PerImage):
     """A measure of cloaked pictures against their originals."""
+
+    of: ClassVar[Callable[..., Tensor]]
 
     def update(self, original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) -> None:
         """8-bit pictures, pair by pair."""
@@ -110,4 +116,6 @@ class LPIPS(CloakMeasure):
 
 @cache
 def _lpips() -> Any:
+    if not lpips_available():
+        raise InputError(LPIPS_MISSING)
     return LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="none").net

@@ -99,7 +99,7 @@ def write_report(
 
 
 def _table(groups: Iterable[Group]) -> str:
-    """One row for each setting and measure, and one for each paired difference, whose column control says against what."""
+    """One row for each setting and measure, and one for each paired difference; ``control`` says against what."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     keys = ("mean", "low", "high", "people", "cells", "images", "over")

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +69,7 @@ def bootstrap(sample: Sample, *, resamples: int = RESAMPLES, seed: int = 0) -> I
     """Mean over people of the mean over their pictures; see the module for the interval."""
     cells = [list(sample[person]) for person in sorted(sample)]
     plan = _plan(tuple(map(len, cells)), resamples, seed)
-    return _interval(_observed(cells), _resampled(cells, plan, plan.rows[0], seed), cells)
+    return _interval(_observed(cells), _resampled(cells, plan[0], seed), cells)
 
 
 def paired(method: Sample, control: Sample, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -88,21 +87,17 @@ def paired(method: Sample, control: Sample, *, resamples: int = RESAMPLES, seed:
         raise ValueError("method and control need the same people with the same number of cells: pair them first")
     ours, theirs = ([list(sample[person]) for person in sorted(method)] for sample in (method, control))
     plan = _plan(tuple(map(len, ours)), resamples, seed)
-    differences = _resampled(ours, plan, plan.rows[0], seed) - _resampled(theirs, plan, plan.rows[1], seed)
+    differences = _resampled(ours, plan[0], seed) - _resampled(theirs, plan[1], seed)
     return _interval(_observed(ours) - _observed(theirs), differences, ours)
 
 
-class _Plan(NamedTuple):
-    """What every resample draws: axes are resamples, people, cells."""
-
-    who: NDArray[np.int64]  # number of the person, without the last axis
-    which: NDArray[np.int64]  # number of the cell, counted through all people
-    used: NDArray[np.bool_]  # False fills up people with fewer cells
-    rows: NDArray[np.int64]  # which resample of that cell's pictures; method and control in front
-
-
 @lru_cache(maxsize=64)
-def _plan(cells: tuple[int, ...], resamples: int, seed: int) -> _Plan:
+def _plan(cells: tuple[int, ...], resamples: int, seed: int) -> NDArray[np.int64]:
+    """What is drawn: sides (method, control) x resamples x people x cells, as positions in ``_bank``.
+
+    Pictures are resampled once for each cell, as many times as there are resamples; a drawn cell takes one of these at
+    random, so that a cell drawn twice brings different pictures. Both sides draw the same cells, each its own pictures.
+    """
     if not cells or not all(cells):
         raise ValueError("there is nothing to average: every person needs a cell")
     generator = np.random.default_rng((seed, 0))
@@ -111,35 +106,31 @@ def _plan(cells: tuple[int, ...], resamples: int, seed: int) -> _Plan:
     own = np.array(cells)[who][..., None]
     first = (np.cumsum(cells) - cells)[who][..., None]
     which = first + (generator.random((resamples, people, most)) * own).astype(np.int64)
-    rows = generator.integers(resamples, size=(2, resamples, people, most))
-    return _Plan(who, which, np.arange(most) < own, rows)
+    drawn = which * resamples + generator.integers(resamples, size=(2, resamples, people, most))
+    return np.where(np.arange(most) < own, drawn, sum(cells) * resamples)  # people with fewer cells: the empty end
 
 
 @lru_cache(maxsize=16)
 def _multiplicities(images: int, resamples: int, seed: int) -> Values:
-    """How often each of ``images`` pictures is drawn, resamples x images."""
+    """How often each of ``images`` pictures is drawn, images x resamples."""
     generator = np.random.default_rng((seed, 1, images))
-    return generator.multinomial(images, np.full(images, 1 / images), size=resamples).astype(np.float64)
+    drawn = generator.multinomial(images, np.full(images, 1 / images), size=resamples)
+    return np.ascontiguousarray(drawn.T, dtype=np.float64)
 
 
-def _resampled(cells: list[list[Values]], plan: _Plan, rows: NDArray[np.int64], seed: int) -> Values:
-    """Resampled means of the drawn people, resamples x people.
+def _resampled(cells: list[list[Values]], drawn: NDArray[np.int64], seed: int) -> Values:
+    """Means of the drawn people, resamples x people."""
+    total, count = _bank([values for person in cells for values in person], len(drawn), seed)
+    return _ratio(total.take(drawn).sum(axis=2), count.take(drawn).sum(axis=2))
 
-    Pictures are resampled once for each cell, as many times as there are resamples; a drawn cell takes one of these at
-    random, so that a cell drawn twice brings different pictures.
-    """
-    resamples = len(plan.who)
-    bank = np.stack(  # cells x resamples x (sum, count)
-        [
-            _multiplicities(len(values), resamples, seed) @ np.column_stack([np.nan_to_num(values), ~np.isnan(values)])
-            if len(values)
-            else np.zeros((resamples, 2))
-            for person in cells
-            for values in person
-        ]
-    )
-    drawn = bank[plan.which, rows] * plan.used[..., None]
-    return _ratio(drawn[..., 0].sum(axis=2), drawn[..., 1].sum(axis=2))
+
+def _bank(cells: list[Values], resamples: int, seed: int) -> Values:
+    """Sum and count of the defined values in every resample of every cell's pictures; ends with an empty one."""
+    banks = [
+        np.stack([np.nan_to_num(values), ~np.isnan(values)]) @ _multiplicities(len(values), resamples, seed)
+        for values in cells
+    ]
+    return np.concatenate([*banks, np.zeros((2, 1))], axis=1)
 
 
 def _observed(cells: list[list[Values]]) -> Values:
@@ -149,28 +140,23 @@ def _observed(cells: list[list[Values]]) -> Values:
 
 
 def _interval(observed: Values, resampled: Values, cells: list[list[Values]]) -> Interval:
-    """Mean of the observed people, percentiles of the mean of the resampled ones; people without a value are left out."""
+    """Mean of the observed people, percentiles of the resampled ones; people without a value are left out."""
     known = ~np.isnan(observed)
     if not known.any():
         return Interval(np.nan, np.nan, np.nan, 0, 0, 0)
     means = _ratio(np.nansum(resampled, axis=1), np.count_nonzero(~np.isnan(resampled), axis=1))
     low, high = np.nanquantile(means, _TAILS) if not np.isnan(means).all() else (np.nan, np.nan)
     counts = [
-        np.count_nonzero(~np.isnan(values))
-        for person, kept in zip(cells, known, strict=True)
+        int(np.count_nonzero(~np.isnan(values)))
+        for person, kept in zip(cells, known.tolist(), strict=True)
         if kept
         for values in person
     ]
-    return Interval(
-        float(observed[known].mean()),
-        float(low),
-        float(high),
-        int(known.sum()),
-        sum(count > 0 for count in counts),
-        int(sum(counts)),
-    )
+    figures = float(observed[known].mean()), float(low), float(high)
+    return Interval(*figures, people=int(known.sum()), cells=sum(count > 0 for count in counts), images=sum(counts))
 
 
 def _ratio(total: Values, count: NDArray[np.int64] | Values) -> Values:
     """NaN where nothing was counted."""
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    ratio: Values = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return ratio
