@@ -99,7 +99,7 @@ class LoRA(Adaptation):
     def __init__(
         self,
         rank: int = 16,
-        alpha: float | None = None,
+        alpha: int | None = None,
         targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"],  # noqa: B006 (never changed)
         text_targets: list[str] = ["q_proj", "k_proj", "v_proj", "out_proj"],  # noqa: B006
     ) -> None:
@@ -160,7 +160,7 @@ class TextualInversion(Adaptation):
     folder = "textual_inversion"
     file = "learned_embeds.safetensors"
 
-    def __init__(self, token: str = "<sks>", identifier: str = "sks", initializer: str = "person") -> None:
+    def __init__(self, token: str = "<sks>", identifier: str = "sks", initializer: str = "person") -> None:  # noqa: S107
         self.token, self.identifier, self.initializer = token, identifier, initializer
 
     def prompt(self, text: str) -> str:

@@ -30,9 +30,7 @@ class Augmentation:
         """Whether it changes anything."""
         return self.crop < 1 or self.flip or self.jpeg is not None
 
-    def __call__(
-        self, pictures: UInt8[Tensor, "n 3 h w"], generator: torch.Generator
-    ) -> UInt8[Tensor, "n 3 h w"]:
+    def __call__(self, pictures: UInt8[Tensor, "n 3 h w"], generator: torch.Generator) -> UInt8[Tensor, "n 3 h w"]:
         """Changed pictures of the same size; the generator's draws decide how."""
         return torch.stack([self._one(picture, generator) for picture in pictures])
 
@@ -46,9 +44,10 @@ class Augmentation:
             h, w = max(1, round(share * height)), max(1, round(share * width))
             corner = (round(top * (height - h)), round(left * (width - w)))
             picture = F.resized_crop(picture, *corner, h, w, [height, width], antialias=True)
-        return F.horizontal_flip(picture) if self.flip and mirror < 0.5 else picture
+        return picture.flip(-1) if self.flip and mirror < 0.5 else picture
 
 
 def jpeg(picture: UInt8[Tensor, "3 h w"], quality: int) -> UInt8[Tensor, "3 h w"]:
     """The picture after JPEG compression (4:2:0, as cameras and social networks do)."""
-    return decode_image(encode_jpeg(picture.cpu(), quality), ImageReadMode.RGB).to(picture.device)
+    compressed: Tensor = decode_image(encode_jpeg(picture.cpu(), quality), ImageReadMode.RGB)
+    return compressed.to(picture.device)

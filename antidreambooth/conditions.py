@@ -69,7 +69,8 @@ class Rescale(Condition):
         size = list(photos.shape[-2:])
         small = [max(1, round(side * self.factor)) for side in size]
         bicubic = F.InterpolationMode.BICUBIC
-        return F.resize(F.resize(photos, small, bicubic, antialias=True), size, bicubic, antialias=True)
+        back: Tensor = F.resize(F.resize(photos, small, bicubic, antialias=True), size, bicubic, antialias=True)
+        return back
 
 
 class Blur(Condition):
@@ -85,7 +86,8 @@ class Blur(Condition):
     def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
         """A kernel of three standard deviations to each side."""
         side = 2 * max(1, round(3 * self.sigma)) + 1
-        return F.gaussian_blur(photos, [side, side], [self.sigma, self.sigma])
+        blurred: Tensor = F.gaussian_blur(photos, [side, side], [self.sigma, self.sigma])
+        return blurred
 
 
 class Clean(Condition):

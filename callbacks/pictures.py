@@ -12,9 +12,7 @@ from torchvision.utils import make_grid
 from antidreambooth.photos import write_png
 
 
-def show(
-    trainer: Trainer, name: str, pictures: Tensor, columns: int, step: int, path: Path | None = None
-) -> None:
+def show(trainer: Trainer, name: str, pictures: Tensor, columns: int, step: int, path: Path | None = None) -> None:
     """Writes a grid of 8-bit pictures (n 3 h w) to every TensorBoard log and, where a path is given, as PNG."""
     grid = make_grid(pictures, nrow=columns, padding=2, pad_value=255).to(torch.uint8)
     for logger in trainer.loggers:

@@ -72,7 +72,7 @@ class Victim(BackboneModule):
         adaptation: Adaptation | None = None,
         training: DreamBooth = DreamBooth(),  # noqa: B008 (frozen)
         augmentation: Augmentation = Augmentation(),  # noqa: B008
-        optimization: Optimization = Optimization(),  # noqa: B008
+        optimization: Optimization = Optimization(),
         generation: Generation = Generation(),  # noqa: B008
         faces: FaceModel | None = None,
     ) -> None:

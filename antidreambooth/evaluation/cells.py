@@ -30,7 +30,9 @@ MEASURES = {
     "joint_ism": Measure("joint ISM", False, 3, "likeness to the person, 0 without a face; lower is protection"),
     "ism": Measure("ISM", False, 3, "likeness to the person in pictures with a face only; lower is protection"),
     "fdfr": Measure("FDFR", True, 0, "share of pictures in which no face is found; higher is protection"),
-    "stability": Measure("stability", False, 3, "quality of the face (SER-FQA); lower is a spoiled face"),
+    "stability": Measure(
+        "stability", False, 3, "stability of the face's embedding under slight changes; lower is a spoiled face"
+    ),
     "brisque": Measure("BRISQUE", False, 1, "quality of the picture without reference; higher is worse"),
     "distance": Measure("distance", False, 3, "median distance to the person's clean photos; higher is protection"),
 }
