@@ -116,7 +116,10 @@ class LoRA(Adaptation):
             if missing:
                 raise InputError(f"the {type(part).__name__} has no layers {', '.join(missing)} for a LoRA to change")
             alpha = self.rank if self.alpha is None else self.alpha
-            part.add_adapter(LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets))
+            try:
+                part.add_adapter(LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets))
+            except ValueError as error:  # transformers may ask for a peft that is not released: its issue 45405
+                raise InputError(f"the {type(part).__name__} takes no LoRA: {error}") from error
 
     def save(self, backbone: Backbone, folder: Path) -> None:
         """A file for ``pipeline.load_lora_weights``."""
@@ -124,12 +127,18 @@ class LoRA(Adaptation):
         def layers(part: nn.Module) -> dict[str, Tensor] | None:
             if not getattr(part, "peft_config", None):
                 return None
-            state: dict[str, Tensor] = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
+            # Embeddings are never changed; peft would look for a file to see whether they were.
+            state: dict[str, Tensor] = convert_state_dict_to_diffusers(
+                get_peft_model_state_dict(part, save_embedding_layers=False)
+            )
             return state
 
         def metadata(part: nn.Module) -> dict[str, object] | None:
             config = getattr(part, "peft_config", None)
-            return config["default"].to_dict() if config else None
+            if not config:
+                return None
+            # A set's order changes from run to run, and the file's bytes with it.
+            return {k: sorted(v) if isinstance(v, set) else v for k, v in config["default"].to_dict().items()}
 
         StableDiffusionPipeline.save_lora_weights(
             folder,
@@ -172,8 +181,9 @@ class TextualInversion(Adaptation):
         if train_text_encoder:
             raise InputError("textual inversion trains one embedding: leave out --model.training.train_text_encoder")
         ids = backbone.tokenizer.encode(self.initializer, add_special_tokens=False)
-        if backbone.tokenizer.add_tokens(self.token) != 1:
+        if self.token in backbone.tokenizer.get_vocab():  # add_tokens counts such a token as added
             raise InputError(f"the tokenizer knows {self.token} already: choose another --model.adaptation.token")
+        backbone.tokenizer.add_tokens(self.token)
         with warnings.catch_warnings(), torch.no_grad():
             backbone.text_encoder.resize_token_embeddings(len(backbone.tokenizer), mean_resizing=False)
             table = backbone.text_encoder.get_input_embeddings()

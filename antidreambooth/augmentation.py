@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BytesIO
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, encode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 
@@ -49,5 +51,6 @@ class Augmentation:
 
 def jpeg(picture: UInt8[Tensor, "3 h w"], quality: int) -> UInt8[Tensor, "3 h w"]:
     """The picture after JPEG compression (4:2:0, as cameras and social networks do)."""
-    compressed: Tensor = decode_image(encode_jpeg(picture.cpu(), quality), ImageReadMode.RGB)
-    return compressed.to(picture.device)
+    buffer = BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).to(picture.device)

@@ -91,6 +91,12 @@ class Backbone(nn.Module):
         parts = [self.encode(part) for part in torch.split(images, micro_batch)]
         return Posterior(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
 
+    @torch.no_grad()
+    def reconstruct(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+        """Images in [-1, 1] through the autoencoder and back: the most of them that this model could ever draw."""
+        latents = self.encode(images).mean / self.vae.config.scaling_factor
+        return cast(Tensor, self.vae.decode(latents).sample.float().clamp(-1, 1))
+
     def embed(self, prompts: list[str]) -> Float[Tensor, "p length width"]:
         """Prompts to the text encoder's last hidden states, padded or truncated to the tokenizer's length."""
         tokens = self.tokenizer(

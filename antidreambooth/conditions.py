@@ -67,7 +67,7 @@ class Rescale(Condition):
     def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
         """Bicubic both ways, with antialiasing."""
         size = list(photos.shape[-2:])
-        small = [max(1, round(side * self.factor)) for side in size]
+        small = [max(2, round(side * self.factor)) for side in size]  # torch 2.14 fails on a single pixel
         bicubic = F.InterpolationMode.BICUBIC
         back: Tensor = F.resize(F.resize(photos, small, bicubic, antialias=True), size, bicubic, antialias=True)
         return back

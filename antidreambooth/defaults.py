@@ -48,6 +48,8 @@ class Defaults:
         class_prompt: prompt of the class images.
         guidance_scale: classifier-free guidance when sampling.
         sampling_steps: DDIM steps when sampling.
+        blurred_references: whether a person's clean photos are compared with as the model's autoencoder shows them,
+            for one that blurs so much that a verifier would reject the photos themselves.
         notice: terms that a run must show before anything else.
     """
 
@@ -59,6 +61,7 @@ class Defaults:
     class_prompt: str = "a photo of person"
     guidance_scale: float = 7.5
     sampling_steps: int = 50
+    blurred_references: bool = False
     notice: str = ""
 
     def recipe(self, role: Role) -> Recipe:

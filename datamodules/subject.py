@@ -58,7 +58,7 @@ class Subject(LightningDataModule):
     def test_dataloader(self) -> DataLoader[list[tuple[str, Tensor]]]:
         """One batch: name and pixels of each reference photo."""
         batch = [(photo.name, photo.pixels) for photo in self.references]
-        return DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+        return DataLoader([batch], batch_size=None, collate_fn=list)  # type: ignore[arg-type]
 
     def record(self) -> dict[str, Any]:
         """Which photos these are, by content: a folder may move."""

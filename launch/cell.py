@@ -17,11 +17,11 @@ from torch import Tensor
 from antidreambooth.backbone import Backbone
 from antidreambooth.conditions import Scene
 from antidreambooth.errors import InputError
-from antidreambooth.loading import load_backbone, resolution_of
+from antidreambooth.loading import load_backbone, read_defaults, resolution_of
 from antidreambooth.perturbation import random_noise
 from antidreambooth.photos import cloaked_names, load_photos, write_atomically, write_png
 from antidreambooth.records import describe, differences
-from launch.experiment import BASE, Cell, Cloak, Experiment, Person
+from launch.experiment import BASE, Cell, Cloak, Experiment, Person, located
 
 Fit = Callable[[list[str]], None]  # the command line: a fit is what its user would have typed
 CALLBACKS = '[{"class_path": "TrainedModel"}, {"class_path": "Likeness"}]'
@@ -38,7 +38,7 @@ def make_cloak(experiment: Experiment, cloak: Cloak, fit: Fit) -> None:
     fit(
         [
             "fit",
-            f"--config={config}",
+            f"--config={located(config)}",
             f"--model.backbone={experiment.backbone}",
             f"--model.budget={cloak.budget}",
             f"--data.photos={person.photos}",
@@ -69,12 +69,14 @@ def run_cell(experiment: Experiment, cell: Cell, fit: Fit) -> None:
         f"--trainer.callbacks={CALLBACKS}",
         "--trainer.enable_progress_bar=false",
     ]
-    if cell.cloak.protection == BASE:
-        victim = ["--config=configs/dreambooth.yaml", *common, "--model.adaptation=Untrained"]
+    control = cell.cloak.protection == BASE  # the first victim without its training: same faces, same flags
+    config, *flags = shlex.split(experiment.victims[next(iter(experiment.victims)) if control else cell.victim])
+    victim = [f"--config={located(config)}", *common, *flags]
+    if control:
+        victim.append("--model.adaptation=Untrained")
     else:
-        config, *flags = shlex.split(experiment.victims[cell.victim])
-        victim = [f"--config={config}", *common, *flags]
-        names = cloaked_names([photo.name for photo in load_photos(Path(person.photos), resolution(experiment))])
+        published = given_folder(experiment, cell.cloak) or Path(person.photos)
+        names = cloaked_names([photo.name for photo in load_photos(published, resolution(experiment))])
         for name, photo in zip(names, arriving(experiment, cell), strict=True):
             write_png(root / "photos" / name, photo)
         fit(["fit", *victim, f"--data.photos={root / 'photos'}", "--checkpoint.every_n_train_steps=0"])
@@ -106,8 +108,19 @@ def protected(experiment: Experiment, cloak: Cloak) -> Tensor:
         return photos
     if how == "noise":
         return random_noise(photos, cloak.budget, cloak.seed)
-    folder = Path(how) if Path(how).is_dir() else experiment.root / "cloaks" / cloak.name / "cloaked"
+    folder = given_folder(experiment, cloak)
+    if folder is None:
+        made = experiment.root / "cloaks" / cloak.name
+        if not (made / "done.json").is_file():  # an interrupted one holds photos, too
+            raise InputError(f"its cloak is not finished: {cloak.name}")
+        folder = made / "cloaked"
     return pixels(folder, resolution(experiment))
+
+
+def given_folder(experiment: Experiment, cloak: Cloak) -> Path | None:
+    """Where the photos lie that somebody else protected."""
+    how = experiment.protections.get(cloak.protection, BASE)
+    return Path(how) if how not in ("none", "noise", BASE) and Path(how).is_dir() else None
 
 
 def arriving(experiment: Experiment, cell: Cell) -> Tensor:
@@ -145,6 +158,7 @@ def untouched(name: str) -> Backbone:
 def cloak_settings(experiment: Experiment, cloak: Cloak) -> dict[str, Any]:
     """What a cloak's pixels depend on."""
     person: Person = experiment.everyone()[cloak.person]
+    given = given_folder(experiment, cloak)
     return {
         "backbone": experiment.backbone,
         "protection": experiment.protections.get(cloak.protection, BASE),
@@ -152,6 +166,7 @@ def cloak_settings(experiment: Experiment, cloak: Cloak) -> dict[str, Any]:
         "seed": cloak.seed,
         "photos": contents(person.photos),
         "clean_photos": contents(person.clean_photos),
+        **({"protected": contents(str(given))} if given else {}),
     }
 
 
@@ -164,6 +179,7 @@ def cell_settings(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         "condition": describe(experiment.conditions[cell.condition]) if trained else [],
         "seed": cell.seed,
         "generation": describe(experiment.generation),
+        "defaults": describe(read_defaults(experiment.backbone)),
         "references": [contents(folder) for folder in experiment.everyone()[cell.cloak.person].references],
     }
 

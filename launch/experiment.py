@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -106,7 +109,7 @@ class Experiment:
         keep_models: whether each victim's weights are kept.
     """
 
-    name: str
+    name: str = "mine"
     folder: str = "outputs/verdict"
     people: dict[str, Person] = field(default_factory=dict)
     people_folder: str | None = None
@@ -135,6 +138,10 @@ class Experiment:
         Raises:
             InputError: there is nobody, or a folder is missing.
         """
+        return self._everyone
+
+    @cached_property
+    def _everyone(self) -> dict[str, Person]:
         found = dict(self.people)
         if self.people_folder:
             parent = Path(self.people_folder).expanduser()
@@ -155,8 +162,34 @@ class Experiment:
 
     def cloaks(self) -> list[Cloak]:
         """What has to be cloaked before the cells can run, once for all of them."""
-        made = [name for name, how in self.protections.items() if how.split()[0].endswith((".yaml", ".yml"))]
+        made = [name for name, how in self.protections.items() if is_config(how.split()[0])]
         return list(dict.fromkeys(cell.cloak for cell in self.cells() if cell.cloak.protection in made))
+
+    def check(self) -> None:
+        """Finds out before any work what cannot work.
+
+        Raises:
+            InputError: it cannot.
+        """
+        for name in ("protections", "budgets", "victims", "conditions", "cloak_seeds", "victim_seeds"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty: there is nothing to try")
+        if BASE in self.protections:
+            raise InputError(f"{BASE!r} is the name of the control that is always there: call that protection another")
+        for name, how in self.protections.items():
+            config = how.split()[0] if how.split() else ""
+            folder = bool(config) and Path(how).is_dir()
+            if how not in ("none", "noise") and not folder and not is_config(config):
+                raise InputError(
+                    f"protection {name}: {how!r} is neither none, noise, a folder of photos nor a config file"
+                )
+        for name, how in {**self.protections, **self.victims}.items():
+            config = how.split()[0] if how.split() else ""
+            if (is_config(config) or name in self.victims) and not Path(located(config)).is_file():
+                raise InputError(f"{name}: there is no config file {config!r}, see configs/")
+        twice = [name for name, count in Counter(cell.name for cell in self.cells()).items() if count > 1]
+        if twice:
+            raise InputError(f"two cells would be called {twice[0]}: name people, protections or conditions otherwise")
 
     def _cells(self) -> Iterator[Cell]:
         seeds = list(product(self.cloak_seeds, self.victim_seeds))
@@ -169,6 +202,18 @@ class Experiment:
                     yield Cell(cloak, condition, victim, seed)
 
 
+def is_config(text: str) -> bool:
+    """Whether this names a config file."""
+    return text.endswith((".yaml", ".yml"))
+
+
+def located(config: str) -> str:
+    """A config file as it is given or, where it is not there, in this repository: a verdict may start anywhere."""
+    own = Path(__file__).parent.parent / config
+    return str(own) if own.is_file() and not Path(config).is_file() else config
+
+
 def slug(text: str) -> str:
-    """A file name for any text."""
-    return re.sub(r"[^\w.-]+", "_", text)
+    """A file name for any text; where characters have to go, a hash keeps it apart from other such texts."""
+    name = re.sub(r"[^\w.-]+", "_", text)
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -10,17 +12,19 @@ from pathlib import Path
 
 import submitit
 import torch
-from submitit.helpers import CommandFunction
+from submitit import AutoExecutor, Job
 from tqdm import tqdm
 
 from antidreambooth.errors import InputError
 from launch.experiment import Launcher
 
 POLL = 2.0  # seconds between two looks at what is finished
+GRACE = 10.0  # seconds that cancelled jobs of this machine have to end
+NEVER = 366 * 24 * 60  # minutes
 
 
 def workers_of(launcher: Launcher) -> int:
-    """Jobs at a time: as asked for, else one for each GPU, or each two CPU threads' worth of cores."""
+    """Jobs at a time: as asked for, else one for each GPU, or for each CPU core."""
     if launcher.workers is not None:
         return max(1, launcher.workers)
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
@@ -40,15 +44,12 @@ def run_jobs(
         done: how many are done by now.
 
     Raises:
-        InputError: there is no such cluster, or a job died (things that failed inside it do not raise).
+        InputError: there is no such cluster, a job died (things that failed inside it do not raise), or Ctrl-C.
     """
-    if launcher.cluster not in ("local", "slurm"):
-        raise InputError(f"--launcher.cluster is local or slurm, got {launcher.cluster}")
-    executor = submitit.AutoExecutor(folder=logs, cluster=launcher.cluster)
-    executor.update_parameters(name=title, timeout_min=launcher.timeout_min, **launcher.parameters)
+    executor = _executor(launcher, logs, title)
     with executor.batch():
         jobs = [
-            executor.submit(CommandFunction(command, verbose=True, env=_environment(launcher, number, len(commands))))
+            executor.submit(_job(command, _environment(launcher, number, len(commands))))
             for number, command in enumerate(commands)
         ]
     try:
@@ -57,21 +58,62 @@ def run_jobs(
                 time.sleep(POLL)
                 bar.update(done() - bar.n)
             bar.update(done() - bar.n)
-    except BaseException:
-        for job in jobs:
-            job.cancel()
+    except BaseException as error:
+        _cancel(jobs)
+        if isinstance(error, KeyboardInterrupt):
+            raise InputError("stopped: run the same command again to go on, what is finished is kept") from error
         raise
     for job in jobs:
         if (error := job.exception()) is not None:
-            last = str(error).strip().splitlines()[-1]
-            raise InputError(f"a job ended early ({last}): see {job.paths.stderr}, and run the same command again")
+            reasons = re.findall(r"^RuntimeError: (.+)$", str(error), re.MULTILINE)
+            reason = reasons[-1] if reasons else "it was killed"
+            raise InputError(f"a job ended early ({reason}): see {job.paths.stderr}, and run the same command again")
 
 
-def _environment(launcher: Launcher, number: int, jobs: int) -> dict[str, str]:
-    """Local jobs share the cores, and each has a GPU of its own; a cluster gives jobs what they asked for."""
+def _executor(launcher: Launcher, logs: Path, title: str) -> AutoExecutor:
+    if launcher.cluster not in ("local", "slurm"):
+        raise InputError(f"--launcher.cluster is local or slurm, got {launcher.cluster}")
+    timeout = launcher.timeout_min if launcher.cluster == "slurm" else NEVER
+    try:
+        executor = AutoExecutor(folder=logs, cluster=launcher.cluster)
+        executor.update_parameters(name=title, timeout_min=timeout, **launcher.parameters)
+    except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:  # submitit's, for all of these
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"submitit refuses --launcher {launcher.cluster}: {reason}") from error
+    return executor
+
+
+def _job(command: list[str], environment: dict[str, str] | None) -> Callable[[], None]:
+    """A command to be run by submitit; a cancelled job takes it along, as results are written whole or not at all."""
+
+    def run() -> None:  # inside, so that it is sent by value: a job may start where this package is not found
+        with subprocess.Popen(command, env=environment) as process:  # noqa: S603
+            try:
+                process.wait()
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            raise RuntimeError(f"exit code {process.returncode}")
+
+    return run
+
+
+def _cancel(jobs: list[Job[None]]) -> None:
+    for job in jobs:
+        job.cancel()
+    end = time.monotonic() + GRACE
+    while time.monotonic() < end and any(isinstance(job, submitit.LocalJob) and not job.done() for job in jobs):
+        time.sleep(0.1)
+
+
+def _environment(launcher: Launcher, number: int, jobs: int) -> dict[str, str] | None:
+    """Local jobs share the cores, and each has a GPU of its own; on a cluster they keep what they are given there."""
+    if launcher.cluster != "local":
+        return None
     environment = dict(os.environ)
-    if launcher.cluster == "local":
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
-        if torch.cuda.device_count():
-            environment["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    if count := torch.cuda.device_count():
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        environment["CUDA_VISIBLE_DEVICES"] = (visible or [str(gpu) for gpu in range(count)])[number % count]
     return environment

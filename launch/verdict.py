@@ -18,12 +18,13 @@ from antidreambooth.evaluation.cells import read_cells
 from antidreambooth.evaluation.quality import LPIPS_MISSING, largest_difference, lpips, lpips_available, psnr, ssim
 from antidreambooth.evaluation.report import paragraph, write_report
 from antidreambooth.photos import write_atomically
-from launch.cell import Fit, make_cloak, originals, protected, run_cell
+from launch.cell import Fit, cell_settings, cloak_settings, finished, make_cloak, originals, protected, run_cell
 from launch.estimate import estimate, left
 from launch.experiment import Cell, Cloak, Experiment, Person
 from launch.jobs import run_jobs, workers_of
 
 OWN = "you"
+COMMAND = Path(__file__).parent.parent / "cli.py"
 
 
 def verdict(arguments: list[str], fit: Fit) -> None:
@@ -38,12 +39,12 @@ def verdict(arguments: list[str], fit: Fit) -> None:
     if options.share:
         work(experiment, options.share, fit)
         return
-    failed = run(experiment, arguments)
-    report(experiment, failed)
-    if failed:
-        raise InputError(
-            f"{len(failed)} cells failed, the first: {next(iter(failed.items()))}; run the same command again to retry"
-        )
+    cloaks, cells = run(experiment, arguments)
+    report(experiment, cloaks, cells)
+    if failed := {**cloaks, **cells}:
+        counts = f"{len(cloaks)} cloaks and {len(cells)} cells failed" if cloaks else f"{len(cells)} cells failed"
+        name, reason = next(iter(failed.items()))
+        raise InputError(f"{counts}, the first: {name}: {reason}; run the same command again to retry")
 
 
 def parser() -> ArgumentParser:
@@ -67,11 +68,17 @@ def read_experiment(options: Namespace) -> Experiment:
         values |= {"people": {OWN: Person(clean, clean)}, "protections": {"none": "none", "cloaked": photos}}
         if not Path(photos).is_dir():
             raise InputError(f"{photos} is no folder: --photos is the folder of your cloaked photos")
-    return Experiment(**{key: value for key, value in values.items() if key not in ("config", "share")})
+    experiment = Experiment(**{key: value for key, value in values.items() if key not in ("config", "share")})
+    experiment.check()
+    return experiment
 
 
-def run(experiment: Experiment, arguments: list[str]) -> dict[str, str]:
-    """Cloaks first, then cells, each as one job a worker; returns what failed and why."""
+def run(experiment: Experiment, arguments: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Cloaks first, then cells, each as one job a worker; returns which of both failed and why."""
+    for cloak in experiment.cloaks():
+        finished(cloak_folder(experiment, cloak) / "done.json", cloak_settings(experiment, cloak))
+    for cell in experiment.cells():
+        finished(cell_folder(experiment, cell) / "cell.json", cell_settings(experiment, cell))
     cloaks, cells = left(experiment)
     workers = workers_of(experiment.launcher)
     if cloaks or cells:
@@ -87,13 +94,13 @@ def run(experiment: Experiment, arguments: list[str]) -> dict[str, str]:
             failure(result.parent).unlink(missing_ok=True)
         jobs = min(workers, len(waiting))
         commands = [
-            [sys.executable, "cli.py", "verdict", *arguments, f"--share={phase}:{number}/{jobs}"]
+            [sys.executable, str(COMMAND), "verdict", *arguments, f"--share={phase}:{number}/{jobs}"]
             for number in range(jobs)
         ]
         if commands:
             run_jobs(commands, experiment.launcher, experiment.root / "jobs", phase, len(results), counter(results))
-    everything = [result.parent for _, results in phases for result in results]
-    return {f.name: failure(f).read_text(encoding="utf-8") for f in everything if failure(f).is_file()}
+    (_, cloaks_done), (_, cells_done) = phases
+    return failures(cloaks_done), failures(cells_done)
 
 
 def work(experiment: Experiment, share: str, fit: Fit) -> None:
@@ -110,30 +117,35 @@ def work(experiment: Experiment, share: str, fit: Fit) -> None:
         try:
             task()
         except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and error.code in (None, 1):  # Lightning was asked to stop
+                raise
             traceback.print_exc()
             reason = "its command line is wrong" if str(error) == "2" else str(error) or type(error).__name__
             write_atomically(failure(folder), f"{reason.splitlines()[0]} (more in {experiment.root / 'jobs'})".encode())
         gc.collect()
 
 
-def report(experiment: Experiment, failed: dict[str, str]) -> None:
+def report(experiment: Experiment, failed_cloaks: dict[str, str], failed: dict[str, str]) -> None:
     """Tables and the page; on the screen the verdict in a paragraph, or the readable table's place."""
     wanted = {cell.name for cell in experiment.cells()}
     cells = [cell for cell in read_cells(experiment.root) if cell.name in wanted]
     if not cells:
         return
+    done = {cell.name for cell in cells}
+    lost = [c for c in experiment.cloaks() if not (cloak_folder(experiment, c) / "done.json").is_file()]
     qualities = {
         (cell.cloak.person, cell.cloak.protection, cell.cloak.budget): quality(experiment, cell.cloak)
         for cell in experiment.cells()
-        if cell.name in {done.name for done in cells} and cell.cloak.budget
+        if cell.name in done and cell.cloak.budget and cell.cloak not in lost
     }
+    notes = [f"The cloak {name} failed: {reason}" for name, reason in failed_cloaks.items()]
     page = write_report(
         experiment.root,
         cells,
         title=experiment.name,
         expected=len(wanted),
         failed=list(failed.items()),
-        notes=[] if lpips_available() else [LPIPS_MISSING],
+        notes=[*notes, *([] if lpips_available() else [LPIPS_MISSING])],
         qualities=qualities,
     )
     if set(experiment.everyone()) == {OWN}:
@@ -165,6 +177,12 @@ def cell_folder(experiment: Experiment, cell: Cell) -> Path:
 def failure(folder: Path) -> Path:
     """The file that says why a cloak or cell failed."""
     return folder.with_suffix(folder.suffix + ".failed")
+
+
+def failures(results: list[Path]) -> dict[str, str]:
+    """Why those failed that are not there."""
+    missing = [result.parent for result in results if not result.is_file()]
+    return {f.name: failure(f).read_text(encoding="utf-8") for f in missing if failure(f).is_file()}
 
 
 def counter(results: list[Path]) -> Callable[[], int]:

@@ -137,7 +137,8 @@ class Victim(BackboneModule):
 
     def test_step(self, batch: list[tuple[str, Tensor]], batch_idx: int) -> None:
         """Generates this rank's share of the pictures and measures them against the reference photos."""
-        known, asked = reference(self.faces, batch), self.generation
+        pictures = [(name, pixels) for name, pixels in batch]  # the loader makes lists of tuples
+        known, asked = reference(self.faces, pictures), self.generation
         measures = face_measures(self.faces, known).to(self.device)
         self._warn_of_strangers()
         mine = list(range(self.global_rank, asked.images, self.trainer.world_size))
@@ -159,7 +160,14 @@ class Victim(BackboneModule):
                 | {name: float(values[row]) for name, values in columns.items()}
                 for row, index in enumerate(indices)
             ]
-        self.log_dict(measures.compute())
+        self.log_dict(measures.compute(), batch_size=1)
+
+    def _as_drawn(self, photo: Tensor) -> Tensor:
+        """A reference photo at the sharpness that the backbone can reach, where the backbone asks for that."""
+        if not self.backbone.defaults.blurred_references:
+            return photo
+        seen = self.backbone.reconstruct(to_float(photo[None]))[0]
+        return ((seen + 1) * 127.5).round().to(torch.uint8)
 
     def prompt(self, text: str) -> str:
         """A prompt as the adaptation writes it."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from antidreambooth.backbone import Backbone
@@ -110,6 +111,19 @@ def photos(tmp_path) -> Path:
     for name in ("a.png", "b.jpg", "c.webp"):
         Image.fromarray(rng.integers(0, 256, (24, 20, 3), np.uint8)).save(folder / name)
     return folder
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """A folder's files by name: bytes, but what a safetensors file holds, whose header has no order of its own."""
+
+    def content(path: Path) -> object:
+        if path.suffix != ".safetensors":
+            return path.read_bytes()
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+            return file.metadata(), {k: (t.shape, t.dtype, t.numpy().tobytes()) for k, t in tensors.items()}
+
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def random_images(count: int, side: int = 16, seed: int = 0) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from antidreambooth.backbone import frozen
+from antidreambooth.defaults import Recipe
 from antidreambooth.errors import InputError
 from antidreambooth.loading import load_backbone, read_defaults, resolution_of
 from antidreambooth.photos import to_float
@@ -92,6 +93,8 @@ def edit(folder, part, **values):
         (lambda f: edit(f, "scheduler/scheduler_config.json", prediction_type="sample"), "sample"),
         (lambda f: edit(f, "vae/config.json", latent_channels=8), "vae"),
         (lambda f: (f / "antidreambooth.json").write_text('{"learning": 1}'), "antidreambooth.json"),
+        (lambda f: (f / "antidreambooth.json").write_text('{"lora": {"steps": 1}}'), "antidreambooth.json"),
+        (lambda f: (f / "antidreambooth.json").write_text("[1]"), "antidreambooth.json"),
     ],
 )
 def test_a_broken_folder_is_named(small_model, tmp_path, breaking, named):
@@ -124,7 +127,9 @@ def test_an_unreachable_hub_says_what_to_download(monkeypatch):
 
 
 def test_defaults_are_published_unless_the_folder_has_its_own(small_model):
-    assert read_defaults(str(small_model)).learning_rate == 5e-7
+    assert read_defaults(str(small_model)).full == Recipe(5e-7, 2, 1000, True)
+    assert read_defaults(str(small_model)).surrogate.batch_size == 1
     assert read_defaults("owner/model").class_prompt == "a photo of person"
     assert read_defaults("embedded").prior_weight == 0
+    assert read_defaults("embedded").recipe("lora").learning_rate > read_defaults("embedded").full.learning_rate
     assert "non-commercial" in read_defaults("embedded").notice

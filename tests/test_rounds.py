@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.optim import AdamW
 
 from antidreambooth.backbone import Posterior
+from antidreambooth.defaults import Defaults
 from antidreambooth.dreambooth import DreamBooth, PriorPreservation, trainable
 from antidreambooth.loading import load_backbone
 from antidreambooth.perturbation import PGD, STEP
@@ -19,7 +20,7 @@ from antidreambooth.turns import Turn
 from antidreambooth.weights import Weights
 from tests.conftest import random_images
 
-TRAINING = DreamBooth(learning_rate=1e-3, batch_size=2, prior=PriorPreservation(weight=0.5))
+TRAINING = DreamBooth(learning_rate=1e-3, batch_size=2, prior=PriorPreservation(weight=0.5)).completed(Defaults())
 ROUNDS = 3
 
 
