@@ -137,8 +137,8 @@ class Victim(BackboneModule):
 
     def test_step(self, batch: list[tuple[str, Tensor]], batch_idx: int) -> None:
         """Generates this rank's share of the pictures and measures them against the reference photos."""
-        pictures = [(name, pixels) for name, pixels in batch]  # the loader makes lists of tuples
-        known, asked = reference(self.faces, pictures), self.generation
+        photos = [(name, pixels) for name, pixels in batch]  # the loader makes lists of tuples
+        known, asked = reference(self.faces, photos), self.generation
         measures = face_measures(self.faces, known).to(self.device)
         self._warn_of_strangers()
         mine = list(range(self.global_rank, asked.images, self.trainer.world_size))
