@@ -118,7 +118,7 @@ class LoRA(Adaptation):
             alpha = self.rank if self.alpha is None else self.alpha
             try:
                 part.add_adapter(LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets))
-            except ValueError as error:  # transformers may ask for a peft that is not released: its issue 45405
+            except ValueError as error:  # transformers may ask for a newer peft than there is
                 raise InputError(f"the {type(part).__name__} takes no LoRA: {error}") from error
 
     def save(self, backbone: Backbone, folder: Path) -> None:
@@ -137,7 +137,7 @@ class LoRA(Adaptation):
             config = getattr(part, "peft_config", None)
             if not config:
                 return None
-            # A set's order changes from run to run, and the file's bytes with it.
+            # A set's order changes from run to run, and the metadata with it.
             return {k: sorted(v) if isinstance(v, set) else v for k, v in config["default"].to_dict().items()}
 
         StableDiffusionPipeline.save_lora_weights(

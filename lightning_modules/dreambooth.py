@@ -137,8 +137,7 @@ class Victim(BackboneModule):
 
     def test_step(self, batch: list[tuple[str, Tensor]], batch_idx: int) -> None:
         """Generates this rank's share of the pictures and measures them against the reference photos."""
-        photos = [(name, pixels) for name, pixels in batch]  # the loader makes lists of tuples
-        known, asked = reference(self.faces, photos), self.generation
+        known, asked = reference(self.faces, [(name, self._as_drawn(photo)) for name, photo in batch]), self.generation
         measures = face_measures(self.faces, known).to(self.device)
         self._warn_of_strangers()
         mine = list(range(self.global_rank, asked.images, self.trainer.world_size))

@@ -13,7 +13,6 @@ from antidreambooth.augmentation import Augmentation, jpeg
 from tests.conftest import random_images
 
 # torchvision will drop its encoder for TorchCodec's
-pytestmark = pytest.mark.filterwarnings("ignore:.*capabilities of TorchVision are deprecated:DeprecationWarning")
 
 
 def seeded(seed=0):

@@ -133,3 +133,11 @@ def test_defaults_are_published_unless_the_folder_has_its_own(small_model):
     assert read_defaults("embedded").prior_weight == 0
     assert read_defaults("embedded").recipe("lora").learning_rate > read_defaults("embedded").full.learning_rate
     assert "non-commercial" in read_defaults("embedded").notice
+
+
+def test_reconstruct_is_decoding_the_mean_as_diffusers_does(backbone):
+    images = to_float(random_images(2))
+    with torch.no_grad():
+        latents = backbone.vae.encode(images).latent_dist.mode()
+        expected = backbone.vae.decode(latents).sample.clamp(-1, 1)
+    torch.testing.assert_close(backbone.reconstruct(images), expected)

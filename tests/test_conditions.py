@@ -11,7 +11,6 @@ from antidreambooth.loading import load_backbone
 from tests.conftest import random_images
 
 # torchvision will drop its encoder for TorchCodec's
-pytestmark = pytest.mark.filterwarnings("ignore:.*capabilities of TorchVision are deprecated:DeprecationWarning")
 
 
 def nothing():
@@ -96,7 +95,8 @@ def test_clean_photos_take_the_last_places(share, photos, clean, replaced):
 
 
 def cleaned(small_model, photos, seed=0, **settings):
-    return Clean(**{"steps": 10, **settings})(photos, scene(seed=seed, backbone=lambda: load_backbone(str(small_model))))
+    condition = Clean(**{"steps": 10, **settings})
+    return condition(photos, scene(seed=seed, backbone=lambda: load_backbone(str(small_model))))
 
 
 def far(a, b):

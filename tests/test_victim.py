@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,15 +16,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from antidreambooth.loading import load_backbone
+from antidreambooth.photos import to_float
 from cli import main
 from lightning_modules.dreambooth import Victim
-from tests.conftest import ROOT, contents
+from tests.conftest import ROOT, contents, random_images
 from tests.test_cli import pixels, start, wait_for
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),  # lightning's own
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
-    pytest.mark.filterwarnings("ignore:.*capabilities of TorchVision are deprecated:DeprecationWarning"),
 ]
 FOLDERS = {"dreambooth": "model", "dreambooth-lora": "lora", "textual-inversion": "textual_inversion"}
 FULL, LORA, INVERSION = FOLDERS
@@ -189,9 +190,10 @@ def interrupted(monkeypatch):
                 raise RuntimeError("the machine is gone")
             return whole(self, batch, batch_idx)
 
-        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="gone"):
+        with monkeypatch.context() as patched:
             patched.setattr(Victim, "training_step", crash)
-            main(arguments)
+            with pytest.raises(RuntimeError, match="gone"):
+                main(arguments)
 
     return run
 
@@ -449,9 +451,7 @@ def test_a_picture_without_a_face_is_an_empty_cell(test, tmp_path):
     bright.mkdir()
     Image.fromarray(np.full((16, 16, 3), (255, 250, 245), np.uint8)).save(bright / "a.png")
     main(
-        test(
-            "--model.adaptation=Untrained", f"--model.faces.darkest={threshold}", f"--data.reference_photos={bright}"
-        )
+        test("--model.adaptation=Untrained", f"--model.faces.darkest={threshold}", f"--data.reference_photos={bright}")
     )
     found = rows(tmp_path / "out")
     assert {row["face"] for row in found} == {"0.0", "1.0"}
@@ -473,7 +473,8 @@ def test_references_are_asked_for(fit, test):
 
 
 def test_references_without_a_face_are_named(test):
-    refused(test("--model.adaptation=Untrained", "--model.faces.darkest=256"), "no face is found in a.png, b.jpg, c.webp")
+    arguments = test("--model.adaptation=Untrained", "--model.faces.darkest=256")
+    refused(arguments, "no face is found in a.png, b.jpg, c.webp")
 
 
 def test_several_folders_of_references(test, photos, tmp_path):
@@ -494,9 +495,7 @@ def test_a_prompt_that_names_nobody_is_warned_of(test):
 
 def test_a_folder_that_cannot_be_written_is_found_first(fit, test, tmp_path, monkeypatch):
     (tmp_path / "out").write_text("a file where the folder should be")
-    monkeypatch.setattr(
-        "lightning_modules.backbone_module.load_backbone", lambda *_: pytest.fail("a model was loaded")
-    )
+    monkeypatch.setattr("lightning_modules.backbone_module.load_backbone", lambda *_: pytest.fail("a model was loaded"))
     refused(fit(), "out")
     refused(test(), "out")
 
@@ -510,8 +509,7 @@ def test_a_full_disk_is_found_first(fit, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "model").exists()
 
 
-def test_a_cloaked_folder_is_an_ordinary_input(fit, photos, tmp_path):
-    """What the protection writes, the victim reads."""
+def test_a_single_photo_can_be_trained_on(fit, photos, tmp_path):
     main(fit())
     main(fit(f"--data.photos={photos / 'a.png'}", out="one"))
     assert list(manifest(tmp_path / "one")["photos"]) == ["a.png"]
@@ -525,3 +523,15 @@ def test_flags_explain_themselves(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for words in ("what is trained: Full, LoRA or TextualInversion", "of AdamW", "mirrored", "clean photos", "warm-up"):
         assert words in text
+
+
+@pytest.mark.parametrize("blurred", [False, True])
+def test_references_are_compared_with_as_the_backbone_asks(backbone, small_model, blurred):
+    victim = Victim(backbone=str(small_model))
+    backbone.defaults = replace(backbone.defaults, blurred_references=blurred)
+    victim.backbone = backbone
+    (photo,) = random_images(1)
+    seen = victim._as_drawn(photo)
+    levels = (backbone.reconstruct(to_float(photo[None]))[0] + 1) * 127.5
+    torch.testing.assert_close(seen, levels.round().to(torch.uint8) if blurred else photo, rtol=0, atol=0)
+    assert torch.equal(seen, photo) is not blurred
