@@ -34,6 +34,10 @@ TRAINER = {
     "use_distributed_sampler": False,  # every rank holds all photos
 }
 CHECKPOINT = {"filename": "last", "every_n_epochs": 10, "enable_version_counter": False}
+HELP = (
+    "Cloaks photos and trains on cloaked photos: `fit -c configs/aspl.yaml`, `fit -c configs/dreambooth.yaml`, then "
+    "`test` with the same config. Many victims on many people, compared: `verdict --help`."
+)
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 EXPECTED = (  # warnings about what is meant to be so
     ".*in eval mode at the start of training.*",
@@ -85,31 +89,37 @@ def no_advertisement(record: logging.LogRecord) -> bool:
 
 def main(args: ArgsType = None) -> None:
     """Runs a command; an error that is the user's to mend ends it with one line."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
-    options: dict[str, Any] = {"subclass_mode_model": True, "subclass_mode_data": True, "seed_everything_default": 0}
     words = sys.argv[1:] if args is None else args
     try:
         if isinstance(words, list) and words[:1] == ["verdict"]:
             verdict(words[1:], main)
-            return
-        with warnings.catch_warnings():
-            for message in EXPECTED:
-                warnings.filterwarnings("ignore", message)
-            CommandLine(
-                LightningModule,
-                LightningDataModule,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                save_config_kwargs={"overwrite": True},
-                trainer_defaults=TRAINER,
-                args=args,
-                **options,
-            )
+        else:
+            one_run(args)
     except Exception as error:
         message = users_to_mend(error)
         if message is None:
             raise
         sys.exit(f"error: {message}")
+
+
+def one_run(args: ArgsType) -> None:
+    """Lightning's own commands: fit, test and so on."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    options: dict[str, Any] = {"subclass_mode_model": True, "subclass_mode_data": True, "seed_everything_default": 0}
+    with warnings.catch_warnings():
+        for message in EXPECTED:
+            warnings.filterwarnings("ignore", message)
+        CommandLine(
+            LightningModule,
+            LightningDataModule,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=TRAINER,
+            parser_kwargs={"description": HELP},
+            args=args,
+            **options,
+        )
 
 
 def users_to_mend(error: BaseException | None) -> str | None:

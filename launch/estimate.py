@@ -34,7 +34,8 @@ def estimate(experiment: Experiment, workers: int, cloaks: int, cells: int) -> f
     recipes = [defaults.recipe("lora" if "lora" in how else "full") for how in experiment.victims.values()]
     victim = sum(recipe.steps * recipe.batch_size for recipe in recipes) / len(recipes)
     cloak = ROUNDS * (STEPS * defaults.surrogate.batch_size + PGD * PHOTOS * ENCODER)
-    return (passed * (cloaks * cloak + cells * (victim + pictures)) + cells * OVERHEAD) / workers
+    seconds = passed * (cloaks * cloak + cells * (victim + pictures)) + cells * OVERHEAD
+    return seconds / max(1, min(workers, cloaks + cells))
 
 
 def _seconds_a_pass(name: str, device: torch.device) -> float:

@@ -157,7 +157,7 @@ class Experiment:
         return found
 
     def cells(self) -> list[Cell]:
-        """All cells, those of a person together; what cannot differ (no protection under another budget) once."""
+        """All cells; what cannot differ (no protection under another budget) once."""
         return list(dict.fromkeys(self._cells()))
 
     def cloaks(self) -> list[Cloak]:
@@ -192,10 +192,11 @@ class Experiment:
             raise InputError(f"two cells would be called {twice[0]}: name people, protections or conditions otherwise")
 
     def _cells(self) -> Iterator[Cell]:
-        seeds = list(product(self.cloak_seeds, self.victim_seeds))
         for person in self.everyone():
             yield Cell(Cloak(person, BASE, 0.0, 0), "nothing", "untrained", 0)
-            for (cloak_seed, seed), condition, victim in product(seeds, self.conditions, self.victims):
+        # Everybody's first seed before anybody's second one: what there is of a stopped experiment can be read.
+        for cloak_seed, seed in product(self.cloak_seeds, self.victim_seeds):
+            for person, condition, victim in product(self.everyone(), self.conditions, self.victims):
                 for (protection, how), budget in product(self.protections.items(), self.budgets):
                     fixed = how == "none" or Path(how).is_dir()
                     cloak = Cloak(person, protection, 0.0 if fixed else budget, 0 if fixed else cloak_seed)

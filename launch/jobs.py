@@ -57,6 +57,7 @@ def run_jobs(
             while not all(job.done() for job in jobs):
                 time.sleep(POLL)
                 bar.update(done() - bar.n)
+                bar.refresh()  # the clock, where nothing was finished
             bar.update(done() - bar.n)
     except BaseException as error:
         _cancel(jobs)

@@ -17,6 +17,7 @@ from antidreambooth.errors import InputError
 from antidreambooth.evaluation.cells import read_cells
 from antidreambooth.evaluation.quality import LPIPS_MISSING, largest_difference, lpips, lpips_available, psnr, ssim
 from antidreambooth.evaluation.report import paragraph, write_report
+from antidreambooth.loading import read_defaults
 from antidreambooth.photos import write_atomically
 from launch.cell import Fit, cell_settings, cloak_settings, finished, make_cloak, originals, protected, run_cell
 from launch.estimate import estimate, left
@@ -145,12 +146,23 @@ def report(experiment: Experiment, failed_cloaks: dict[str, str], failed: dict[s
         title=experiment.name,
         expected=len(wanted),
         failed=list(failed.items()),
-        notes=[*notes, *([] if lpips_available() else [LPIPS_MISSING])],
+        notes=[*notes, *general_notes(experiment)],
         qualities=qualities,
     )
     if set(experiment.everyone()) == {OWN}:
         print(paragraph(cells))
     print(f"the page: {page}; the table: {experiment.root / 'table.md'}", flush=True)
+
+
+def general_notes(experiment: Experiment) -> list[str]:
+    """What was left out or done in another way than the papers do."""
+    notes = [] if lpips_available() else [LPIPS_MISSING]
+    if read_defaults(experiment.backbone).blurred_references:
+        notes.append(
+            "The person's clean photos are compared with as the base model's autoencoder shows them: it blurs so much "
+            "that the verifier would turn away the photos themselves, and a victim can draw nothing sharper."
+        )
+    return notes
 
 
 def quality(experiment: Experiment, cloak: Cloak) -> dict[str, float | None]:
