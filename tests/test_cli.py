@@ -264,7 +264,7 @@ def test_a_bad_photo_is_named_before_a_model_is_loaded(command, photos, monkeypa
     if content is None:
         content = (photos / "b.jpg").read_bytes()[:-200]
     (photos / "bad.jpg").write_bytes(content)
-    monkeypatch.setattr("lightning_modules.cloaking.load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lightning_modules.backbone_module.load_backbone", lambda *_: pytest.fail("a model was loaded"))
     refused(command(), "bad.jpg", capsys)
 
 
@@ -302,7 +302,7 @@ def test_another_persons_results_are_not_mixed_in(command, photos, tmp_path, cap
 
 def test_a_folder_that_cannot_be_written_is_found_first(command, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").write_text("a file where the folder should be")
-    monkeypatch.setattr("lightning_modules.cloaking.load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lightning_modules.backbone_module.load_backbone", lambda *_: pytest.fail("a model was loaded"))
     refused(command(), "out", capsys)
 
 

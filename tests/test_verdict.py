@@ -849,5 +849,5 @@ def test_cell_settings_are_a_file_format(finished, small_model, monkeypatch):
     experiment = experiment_of(Path("people"), backbone=str(small_model))
     cell = Cell(Cloak("ann", "none", 0.0, 0), "nothing", "full", 0)
     settings = cell_settings(experiment, cell)
-    assert list(settings) == ["cloak", "victim", "condition", "seed", "generation", "references"]
+    assert list(settings) == ["cloak", "victim", "condition", "seed", "generation", "defaults", "references"]
     assert list(settings["cloak"]) == ["backbone", "protection", "budget", "seed", "photos", "clean_photos"]
