@@ -14,6 +14,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from antidreambooth.errors import InputError
+from antidreambooth.evaluation.brisque import BRISQUE_MISSING, brisque_available
 from antidreambooth.evaluation.cells import read_cells
 from antidreambooth.evaluation.quality import LPIPS_MISSING, largest_difference, lpips, lpips_available, psnr, ssim
 from antidreambooth.evaluation.report import paragraph, write_report
@@ -156,7 +157,11 @@ def report(experiment: Experiment, failed_cloaks: dict[str, str], failed: dict[s
 
 def general_notes(experiment: Experiment) -> list[str]:
     """What was left out or done in another way than the papers do."""
-    notes = [] if lpips_available() else [LPIPS_MISSING]
+    notes = [
+        text
+        for there, text in ((lpips_available(), LPIPS_MISSING), (brisque_available(), BRISQUE_MISSING))
+        if not there
+    ]
     if read_defaults(experiment.backbone).blurred_references:
         notes.append(
             "The person's clean photos are compared with as the base model's autoencoder shows them: it blurs so much "

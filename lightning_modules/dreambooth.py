@@ -60,6 +60,7 @@ class Victim(BackboneModule):
         optimization: schedule and kind of the optimizer.
         generation: which pictures a test asks for.
         faces: detector and embedding of a test; Dlib when not given.
+        stability: whether a test also measures the quality of faces, which makes it several times slower.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Victim(BackboneModule):
         optimization: Optimization = Optimization(),
         generation: Generation = Generation(),  # noqa: B008
         faces: FaceModel | None = None,
+        stability: bool = False,
     ) -> None:
         super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
         self.adaptation = adaptation or Full()
@@ -138,7 +140,7 @@ class Victim(BackboneModule):
     def test_step(self, batch: list[tuple[str, Tensor]], batch_idx: int) -> None:
         """Generates this rank's share of the pictures and measures them against the reference photos."""
         known, asked = reference(self.faces, [(name, self._as_drawn(photo)) for name, photo in batch]), self.generation
-        measures = face_measures(self.faces, known).to(self.device)
+        measures = face_measures(self.faces, known, stability=self.hparams.stability).to(self.device)
         self._warn_of_strangers()
         mine = list(range(self.global_rank, asked.images, self.trainer.world_size))
         chunks = [
