@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -184,7 +183,7 @@ class TextualInversion(Adaptation):
         if self.token in backbone.tokenizer.get_vocab():  # add_tokens counts such a token as added
             raise InputError(f"the tokenizer knows {self.token} already: choose another --model.adaptation.token")
         backbone.tokenizer.add_tokens(self.token)
-        with warnings.catch_warnings(), torch.no_grad():
+        with torch.no_grad():
             backbone.text_encoder.resize_token_embeddings(len(backbone.tokenizer), mean_resizing=False)
             table = backbone.text_encoder.get_input_embeddings()
             table.weight[-1] = table.weight[ids].mean(dim=0)

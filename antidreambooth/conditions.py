@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from antidreambooth import augmentation
 from antidreambooth.backbone import Backbone
+from antidreambooth.sampling import eight_bits
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Clean(Condition):
             ).images
             for index, photo in enumerate(photos)
         ]
-        return (torch.cat(cleaned).float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+        return eight_bits(torch.cat(cleaned)).cpu()
 
 
 class Mix(Condition):

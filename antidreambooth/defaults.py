@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from antidreambooth.errors import InputError
-from antidreambooth.photos import write_atomically
+from antidreambooth.photos import write_json
 
 T = TypeVar("T")
 FILE = "antidreambooth.json"
@@ -84,7 +84,7 @@ class Defaults:
 
     def write(self, folder: Path) -> None:
         """The file that ``read`` reads."""
-        write_atomically(folder / FILE, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
+        write_json(folder / FILE, dataclasses.asdict(self))
 
 
 def given(value: T | None, default: T) -> T:

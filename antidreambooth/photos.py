@@ -1,6 +1,7 @@
 """Photos in, cloaked photos out: the only place that knows files, EXIF, colour profiles and pixel ranges."""
 
 import hashlib
+import json
 import math
 import os
 import secrets
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import chain, count
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import pillow_heif
@@ -207,6 +209,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write plain values, indented. See ``write_atomically``."""
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _load(path: Path, resolution: int) -> Photo:

@@ -52,6 +52,11 @@ def sample(
             num_inference_steps=steps or backbone.defaults.sampling_steps,
             output_type="pt",
         ).images
+    return eight_bits(images)
+
+
+def eight_bits(images: Float[Tensor, "n 3 H W"]) -> UInt8[Tensor, "n 3 H W"]:
+    """What a pipeline draws, in [0, 1], as pixels."""
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.quality import cloak_quality
-from antidreambooth.photos import Photo, cloaked_names, to_8bit, to_float, write_atomically, write_png
+from antidreambooth.photos import Photo, cloaked_names, to_8bit, to_float, write_json, write_png
 from antidreambooth.records import versions
 from callbacks.comparison import comparison
 from callbacks.pictures import show
@@ -93,7 +92,7 @@ class CloakedPhotos(Callback):
             "photos": entries,
             "complete": complete,
         }
-        write_atomically(root / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+        write_json(root / "manifest.json", manifest)
 
     @staticmethod
     def _cloaked(trainer: Trainer, pl_module: LightningModule) -> tuple[list[Photo], Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from antidreambooth.photos import write_atomically, write_png
+from antidreambooth.photos import write_atomically, write_json, write_png
 from callbacks.pictures import show
 from callbacks.room import require_writable
 
@@ -38,7 +37,7 @@ class Likeness(Callback):
             write_png(root / row["file"], picture)
         write_atomically(root / "per_image.csv", table([row for row, _ in found]).encode())
         means = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        write_atomically(root / "measures.json", (json.dumps(means, indent=2) + "\n").encode())
+        write_json(root / "measures.json", means)
         columns = len(found) // len(pl_module.generation.prompts)
         pictures = torch.stack([picture for _, picture in found])
         show(trainer, "likeness", pictures, columns, trainer.global_step, root / "grid.png")

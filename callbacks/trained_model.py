@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from antidreambooth.photos import write_atomically
+from antidreambooth.photos import write_json
 from antidreambooth.records import versions
 from callbacks.room import require_room, require_writable
 
@@ -34,4 +33,4 @@ class TrainedModel(Callback):
         root = Path(trainer.default_root_dir)
         pl_module.adaptation.save(pl_module.backbone, root / pl_module.adaptation.folder)
         manifest = {**pl_module.record(), "versions": versions(), "steps": trainer.global_step}
-        write_atomically(root / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+        write_json(root / "manifest.json", manifest)

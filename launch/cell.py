@@ -19,7 +19,7 @@ from antidreambooth.conditions import Scene
 from antidreambooth.errors import InputError
 from antidreambooth.loading import load_backbone, read_defaults, resolution_of
 from antidreambooth.perturbation import random_noise
-from antidreambooth.photos import cloaked_names, load_photos, write_atomically, write_png
+from antidreambooth.photos import cloaked_names, find_photos, load_photos, write_json, write_png
 from antidreambooth.records import describe, differences
 from launch.experiment import BASE, Cell, Cloak, Experiment, Person, located
 
@@ -29,8 +29,9 @@ CALLBACKS = '[{"class_path": "TrainedModel"}, {"class_path": "Likeness"}]'
 
 def make_cloak(experiment: Experiment, cloak: Cloak, fit: Fit) -> None:
     """Cloaks a person's photos, or goes on with it; does nothing where it is done."""
-    person, root = experiment.everyone()[cloak.person], experiment.root / "cloaks" / cloak.name
-    if finished(root / "done.json", cloak_settings(experiment, cloak)):
+    person, done = experiment.everyone()[cloak.person], experiment.cloak_record(cloak)
+    settings, root = cloak_settings(experiment, cloak), done.parent
+    if finished(done, settings):
         return
     config, *flags = shlex.split(experiment.protections[cloak.protection])
     checkpoint = root / "checkpoints" / "last.ckpt"
@@ -50,15 +51,14 @@ def make_cloak(experiment: Experiment, cloak: Cloak, fit: Fit) -> None:
         ]
     )
     checkpoint.unlink(missing_ok=True)
-    record = {"settings": cloak_settings(experiment, cloak), "seconds": time.monotonic() - started, "complete": True}
-    write_atomically(root / "done.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_json(done, {"settings": settings, "seconds": time.monotonic() - started, "complete": True})
 
 
 def run_cell(experiment: Experiment, cell: Cell, fit: Fit) -> None:
     """Trains and measures one victim; does nothing where it is done."""
-    root = experiment.root / "cells" / cell.name
-    settings = cell_settings(experiment, cell)
-    if finished(root / "cell.json", settings):
+    done, settings = experiment.cell_record(cell), cell_settings(experiment, cell)
+    root = done.parent
+    if finished(done, settings):
         return
     shutil.rmtree(root, ignore_errors=True)  # half a cell is a cell to be started anew
     person, started = experiment.everyone()[cell.cloak.person], time.monotonic()
@@ -76,7 +76,7 @@ def run_cell(experiment: Experiment, cell: Cell, fit: Fit) -> None:
         victim.append("--model.adaptation=Untrained")
     else:
         published = given_folder(experiment, cell.cloak) or Path(person.photos)
-        names = cloaked_names([photo.name for photo in load_photos(published, resolution(experiment))])
+        names = cloaked_names([path.name for path in find_photos(published)])
         for name, photo in zip(names, arriving(experiment, cell), strict=True):
             write_png(root / "photos" / name, photo)
         fit(["fit", *victim, f"--data.photos={root / 'photos'}", "--checkpoint.every_n_train_steps=0"])
@@ -98,7 +98,7 @@ def run_cell(experiment: Experiment, cell: Cell, fit: Fit) -> None:
         "complete": True,
         "settings": settings,
     }
-    write_atomically(root / "cell.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_json(done, record)
 
 
 def protected(experiment: Experiment, cloak: Cloak) -> Tensor:
@@ -110,10 +110,10 @@ def protected(experiment: Experiment, cloak: Cloak) -> Tensor:
         return random_noise(photos, cloak.budget, cloak.seed)
     folder = given_folder(experiment, cloak)
     if folder is None:
-        made = experiment.root / "cloaks" / cloak.name
-        if not (made / "done.json").is_file():  # an interrupted one holds photos, too
+        done = experiment.cloak_record(cloak)
+        if not done.is_file():  # an interrupted one holds photos, too
             raise InputError(f"its cloak is not finished: {cloak.name}")
-        folder = made / "cloaked"
+        folder = done.parent / "cloaked"
     return pixels(folder, resolution(experiment))
 
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from antidreambooth.loading import load_backbone, resolution_of
+from antidreambooth.loading import load_backbone, read_defaults, resolution_of
 from antidreambooth.precision import computes_in_bf16
 from launch.experiment import BASE, Experiment
 
@@ -25,10 +25,9 @@ def estimate(experiment: Experiment, workers: int, cloaks: int, cells: int) -> f
     torch.set_num_threads(max(1, threads // workers))
     try:
         passed = _seconds_a_pass(experiment.backbone, device)
-        defaults = load_backbone(experiment.backbone).defaults
     finally:
         torch.set_num_threads(threads)
-    asked = experiment.generation
+    defaults, asked = read_defaults(experiment.backbone), experiment.generation
     sampling = asked.sampling_steps or defaults.sampling_steps
     pictures = len(asked.prompts) * asked.images * sampling * 2 * FORWARD  # two for guidance
     recipes = [defaults.recipe("lora" if "lora" in how else "full") for how in experiment.victims.values()]
@@ -60,6 +59,6 @@ def _seconds_a_pass(name: str, device: torch.device) -> float:
 
 def left(experiment: Experiment) -> tuple[int, int]:
     """Cloaks and cells that are not finished."""
-    cloaks = [c for c in experiment.cloaks() if not (experiment.root / "cloaks" / c.name / "done.json").is_file()]
-    cells = [c for c in experiment.cells() if not (experiment.root / "cells" / c.name / "cell.json").is_file()]
-    return len(cloaks), len([c for c in cells if c.cloak.protection != BASE])
+    cloaks = [cloak for cloak in experiment.cloaks() if not experiment.cloak_record(cloak).is_file()]
+    cells = [cell for cell in experiment.cells() if not experiment.cell_record(cell).is_file()]
+    return len(cloaks), len([cell for cell in cells if cell.cloak.protection != BASE])

@@ -16,7 +16,6 @@ from antidreambooth.errors import InputError
 from antidreambooth.sampling import Generation
 
 BASE = "base"  # the control that is trained on nobody
-SETS = ("set_A", "set_B", "set_C")
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,14 @@ class Experiment:
     def root(self) -> Path:
         """Where everything of it is written."""
         return Path(self.folder) / self.name
+
+    def cloak_record(self, cloak: Cloak) -> Path:
+        """The file that is there once a cloak is done; what it consists of lies beside it."""
+        return self.root / "cloaks" / cloak.name / "done.json"
+
+    def cell_record(self, cell: Cell) -> Path:
+        """The same of a cell."""
+        return self.root / "cells" / cell.name / "cell.json"
 
     def everyone(self) -> dict[str, Person]:
         """All people by name.

@@ -22,7 +22,7 @@ from antidreambooth.loading import read_defaults
 from antidreambooth.photos import write_atomically
 from launch.cell import Fit, cell_settings, cloak_settings, finished, make_cloak, originals, protected, run_cell
 from launch.estimate import estimate, left
-from launch.experiment import Cell, Cloak, Experiment, Person
+from launch.experiment import Cloak, Experiment, Person
 from launch.jobs import run_jobs, workers_of
 
 OWN = "you"
@@ -78,17 +78,17 @@ def read_experiment(options: Namespace) -> Experiment:
 def run(experiment: Experiment, arguments: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Cloaks first, then cells, each as one job a worker; returns which of both failed and why."""
     for cloak in experiment.cloaks():
-        finished(cloak_folder(experiment, cloak) / "done.json", cloak_settings(experiment, cloak))
+        finished(experiment.cloak_record(cloak), cloak_settings(experiment, cloak))
     for cell in experiment.cells():
-        finished(cell_folder(experiment, cell) / "cell.json", cell_settings(experiment, cell))
+        finished(experiment.cell_record(cell), cell_settings(experiment, cell))
     cloaks, cells = left(experiment)
     workers = workers_of(experiment.launcher)
     if cloaks or cells:
         minutes = estimate(experiment, workers, cloaks, cells) / 60
         print(f"{cloaks} cloaks and {cells} victims to do, {workers} at a time: about {minutes:.0f} min", flush=True)
     phases: list[tuple[str, list[Path]]] = [
-        ("cloaks", [cloak_folder(experiment, cloak) / "done.json" for cloak in experiment.cloaks()]),
-        ("cells", [cell_folder(experiment, cell) / "cell.json" for cell in experiment.cells()]),
+        ("cloaks", [experiment.cloak_record(cloak) for cloak in experiment.cloaks()]),
+        ("cells", [experiment.cell_record(cell) for cell in experiment.cells()]),
     ]
     for phase, results in phases:
         waiting = [result for result in results if not result.is_file()]
@@ -112,10 +112,10 @@ def work(experiment: Experiment, share: str, fit: Fit) -> None:
     number, jobs = map(int, part.split("/"))
     tasks: list[tuple[Path, Callable[[], None]]]
     if phase == "cloaks":
-        tasks = [(cloak_folder(experiment, c), lambda c=c: make_cloak(experiment, c, fit)) for c in experiment.cloaks()]
+        tasks = [(experiment.cloak_record(c), lambda c=c: make_cloak(experiment, c, fit)) for c in experiment.cloaks()]
     else:
-        tasks = [(cell_folder(experiment, c), lambda c=c: run_cell(experiment, c, fit)) for c in experiment.cells()]
-    for folder, task in tasks[number::jobs]:
+        tasks = [(experiment.cell_record(c), lambda c=c: run_cell(experiment, c, fit)) for c in experiment.cells()]
+    for record, task in tasks[number::jobs]:
         try:
             task()
         except (Exception, SystemExit) as error:
@@ -123,7 +123,8 @@ def work(experiment: Experiment, share: str, fit: Fit) -> None:
                 raise
             traceback.print_exc()
             reason = "its command line is wrong" if str(error) == "2" else str(error) or type(error).__name__
-            write_atomically(failure(folder), f"{reason.splitlines()[0]} (more in {experiment.root / 'jobs'})".encode())
+            text = f"{reason.splitlines()[0]} (more in {experiment.root / 'jobs'})"
+            write_atomically(failure(record.parent), text.encode())
         gc.collect()
 
 
@@ -134,7 +135,7 @@ def report(experiment: Experiment, failed_cloaks: dict[str, str], failed: dict[s
     if not cells:
         return
     done = {cell.name for cell in cells}
-    lost = [c for c in experiment.cloaks() if not (cloak_folder(experiment, c) / "done.json").is_file()]
+    lost = [c for c in experiment.cloaks() if not experiment.cloak_record(c).is_file()]
     qualities = {
         (cell.cloak.person, cell.cloak.protection, cell.cloak.budget): quality(experiment, cell.cloak)
         for cell in experiment.cells()
@@ -179,16 +180,6 @@ def quality(experiment: Experiment, cloak: Cloak) -> dict[str, float | None]:
         "lpips": float(lpips(*pair).mean()) if lpips_available() else None,
         "largest_difference": int(largest_difference(*pair).max()),
     }
-
-
-def cloak_folder(experiment: Experiment, cloak: Cloak) -> Path:
-    """Where a cloak lies."""
-    return experiment.root / "cloaks" / cloak.name
-
-
-def cell_folder(experiment: Experiment, cell: Cell) -> Path:
-    """Where a cell lies."""
-    return experiment.root / "cells" / cell.name
 
 
 def failure(folder: Path) -> Path:

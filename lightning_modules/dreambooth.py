@@ -22,7 +22,7 @@ from antidreambooth.errors import InputError
 from antidreambooth.evaluation.faces import Dlib, FaceModel, reference
 from antidreambooth.evaluation.measures import face_measures
 from antidreambooth.loading import read_defaults
-from antidreambooth.photos import to_float
+from antidreambooth.photos import to_8bit, to_float
 from antidreambooth.sampling import Generation, noise_of, sample
 from lightning_modules.backbone_module import BackboneModule
 
@@ -167,8 +167,8 @@ class Victim(BackboneModule):
         """A reference photo at the sharpness that the backbone can reach, where the backbone asks for that."""
         if not self.backbone.defaults.blurred_references:
             return photo
-        seen = self.backbone.reconstruct(to_float(photo[None]))[0]
-        return ((seen + 1) * 127.5).round().to(torch.uint8)
+        seen = self.backbone.reconstruct(to_float(photo[None]))
+        return to_8bit(seen, photo[None], budget=255.0)[0]
 
     def prompt(self, text: str) -> str:
         """A prompt as the adaptation writes it."""

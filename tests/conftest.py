@@ -29,21 +29,26 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+def small_unet(widths: tuple[int, int], cross_attention_dim: int) -> UNet2DConditionModel:
+    """A random U-Net of two levels for 8 x 8 latents."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=widths,
+        norm_num_groups=8,
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+
+
 def save_small_model(folder: Path, prediction_type: str = "epsilon") -> Path:
     """A diffusers folder for 16-pixel images with 8 x 8 latents."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED, subfolder="tokenizer")
     StableDiffusionPipeline(
-        unet=UNet2DConditionModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(16, 32),
-            norm_num_groups=8,
-            cross_attention_dim=16,
-            attention_head_dim=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        ),
+        unet=small_unet((16, 32), cross_attention_dim=16),
         vae=AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,

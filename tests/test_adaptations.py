@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
@@ -26,7 +26,7 @@ from antidreambooth.photos import to_float
 from antidreambooth.sampling import Generation, noise_of, sample
 from antidreambooth.timesteps import Uniform
 from antidreambooth.turns import Turn
-from tests.conftest import contents, random_images, save_small_model
+from tests.conftest import contents, random_images, save_small_model, small_unet
 
 CPU = torch.device("cpu")
 PROMPT = "a photo of sks person"
@@ -251,16 +251,7 @@ def test_a_full_result_is_a_backbone_with_the_same_defaults(backbone, tmp_path):
 def save_other_model(folder):
     """Twice as wide, hence of no use to the small one."""
     save_small_model(folder)
-    UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        norm_num_groups=8,
-        cross_attention_dim=24,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    ).save_pretrained(folder / "unet")
+    small_unet((32, 64), cross_attention_dim=24).save_pretrained(folder / "unet")
     text_encoder = load_backbone(str(folder)).text_encoder
     config = deepcopy(text_encoder.config)
     config.hidden_size = 24

@@ -9,8 +9,9 @@ from __future__ import annotations
 import pickle
 from functools import cache
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,13 +108,21 @@ def _root_mean(square: Float64[Tensor, "n p"], where: Tensor) -> Float64[Tensor,
     return ((square * where).sum(1) / where.sum(1)).sqrt()
 
 
+class _Numbers(pickle.Unpickler):
+    """Reads lists of numbers; a pickle that names anything that could be run is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Finds nothing."""
+        raise pickle.UnpicklingError(f"only numbers are expected, got {module}.{name}")
+
+
 @cache
 def _model() -> _Model:
     package = find_spec("brisque")
     if package is None or package.origin is None:
         raise InputError(BRISQUE_MISSING)
     folder = Path(package.origin).parent / "models"
-    ranges = pickle.loads((folder / "normalize.pickle").read_bytes())  # noqa: S301 (two lists of an installed package)
+    ranges = _Numbers(BytesIO((folder / "normalize.pickle").read_bytes())).load()
     header, _, body = (folder / "svm.txt").read_text(encoding="ascii").partition("\nSV\n")
     settings = dict(line.split(" ", 1) for line in header.splitlines())
     rows = np.array([[float(cell.rpartition(":")[2]) for cell in line.split()] for line in body.splitlines()])
