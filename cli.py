@@ -20,6 +20,7 @@ import lightning_modules  # noqa: F401
 from antidreambooth.errors import InputError
 from antidreambooth.loading import read_defaults
 from antidreambooth.precision import computes_in_bf16
+from launch.surrogates import train_surrogates
 from launch.verdict import verdict
 
 TRAINER = {
@@ -44,6 +45,7 @@ EXPECTED = (  # warnings about what is meant to be so
     ".*does not have many workers.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*LeafSpec.*is deprecated.*",
+    ".*not recommended to provide both args and command line arguments.*",  # a run that starts another one
     ".*ended before the epoch ended and your dataloader is not resumable.*",  # all batches of a victim are the same
 )
 
@@ -66,6 +68,11 @@ class CommandLine(LightningCLI):
         backbone = self.config.get(f"{self.config.subcommand}.model.init_args.backbone")
         if backbone is not None and (notice := read_defaults(backbone).notice):
             show(notice)
+
+    def before_instantiate_classes(self) -> None:
+        """A method may need models that other fits train."""
+        if self.config.subcommand == "fit":
+            train_surrogates(self.config.fit, main)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: a checkpoint's settings are compared with the given ones, they never replace them."""

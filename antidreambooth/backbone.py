@@ -83,7 +83,7 @@ class Backbone(nn.Module):
         """Images in [-1, 1] to the posterior of their latents."""
         posterior = self.vae.encode(images).latent_dist
         scale = self.vae.config.scaling_factor
-        return Posterior(posterior.mean.float() * scale, posterior.std.float() * scale)
+        return Posterior(precise(posterior.mean) * scale, precise(posterior.std) * scale)
 
     @torch.no_grad()
     def encode_all(self, images: Float[Tensor, "n 3 h w"], micro_batch: int) -> Posterior:
@@ -132,10 +132,33 @@ class Backbone(nn.Module):
         embeddings: Float[Tensor, "n length width"],
     ) -> Float[Tensor, " n"]:
         """L(x; w, c) = || u(z_t, t, c) - target ||^2, the mean over each image's latent, in fp32."""
-        noisy = self.add_noise(latents, timesteps, noise)
-        prediction = self.unet(noisy, timesteps, embeddings).sample
-        error: Tensor = prediction.float() - self.target(latents, timesteps, noise)
-        return error.square().mean(dim=(1, 2, 3))
+        prediction = self.predict(self.add_noise(latents, timesteps, noise), timesteps, embeddings)
+        return squared_distance(prediction, self.target(latents, timesteps, noise))
+
+    def predict(
+        self,
+        noisy: Float[Tensor, "n c h w"],
+        timesteps: Int[Tensor, " n"],
+        embeddings: Float[Tensor, "n length width"],
+    ) -> Float[Tensor, "n c h w"]:
+        """u(z_t, t, c) in fp32: the noise or v, whichever the model predicts."""
+        return precise(self.unet(noisy, timesteps, embeddings).sample)
+
+    def denoise_once(
+        self,
+        noisy: Float[Tensor, "n c h w"],
+        timesteps: Int[Tensor, " n"],
+        prediction: Float[Tensor, "n c h w"],
+    ) -> Float[Tensor, "n c h w"]:
+        """The mean of q(z_{t-1} | z_t, z_0) with the predicted z_0, for t >= 1 (arXiv:2006.11239, equations 7, 15)."""
+        signal, spread = self._levels(timesteps)
+        if self.scheduler.config.prediction_type == "epsilon":
+            clean = (noisy - spread * prediction) / signal
+        else:
+            clean = signal * noisy - spread * prediction
+        before, _ = self._levels(timesteps - 1)
+        alpha = (signal / before).square()
+        return (before * (1 - alpha) * clean + alpha.sqrt() * (1 - before.square()) * noisy) / spread.square()
 
     def _levels(self, timesteps: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
         abar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -169,6 +192,16 @@ class Backbone(nn.Module):
             digest.update(name.encode())
             digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def precise(values: Tensor) -> Tensor:
+    """In fp32, or better where they are: autocast computes in less."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def squared_distance(a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
+    """|| a - b ||^2 as a mean over each image's latent."""
+    return (a - b).square().mean(dim=(1, 2, 3))
 
 
 @contextmanager

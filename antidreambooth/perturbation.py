@@ -94,6 +94,12 @@ class PGD:
         """Change per step, in 8-bit steps."""
         return self.budget / 10 if self.step_size is None else self.step_size
 
+    def project(
+        self, images: Float[Tensor, "n 3 h w"], originals: Float[Tensor, "n 3 h w"]
+    ) -> Float[Tensor, "n 3 h w"]:
+        """Nearest images within the budget."""
+        return project(images, originals, self.budget * STEP)
+
     def __call__(
         self,
         surrogate: Surrogate,
@@ -102,7 +108,7 @@ class PGD:
         generator: torch.Generator,
     ) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, ""]]:
         """Moves ``cloaked`` by ``steps`` steps; returns it and the objective's mean over the steps."""
-        radius, step = self.budget * STEP, self.effective_step_size * STEP
+        step = self.effective_step_size * STEP
         backbone = surrogate.backbone
         total = torch.zeros((), device=originals.device)
         with frozen(backbone):
@@ -110,6 +116,6 @@ class PGD:
             for _ in range(self.steps):
                 draw = self.objective.draw(backbone, cloaked, generator)
                 gradient, value = pixel_gradient(self.objective, backbone, cloaked, embedding, draw, self.micro_batch)
-                cloaked = project(cloaked + step * self.reduce(gradient).sign(), originals, radius)
+                cloaked = self.project(cloaked + step * self.reduce(gradient).sign(), originals)
                 total = total + value
         return cloaked, total / max(self.steps, 1)

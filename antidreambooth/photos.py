@@ -112,12 +112,38 @@ def decode(data: bytes, name: str) -> Image.Image:
     """
     if not data:
         raise InputError(f"{name} cannot be decoded: it is empty; remove it or save it anew")
+    with warnings.catch_warnings():
+        # Phones have 108-megapixel sensors (DecompressionBombWarning) and write odd EXIF; neither is news.
+        warnings.simplefilter("ignore")
+        with _decoding(name):
+            image = Image.open(BytesIO(data), formats=_FORMATS)
+    return flatten(image, name)
+
+
+def flatten(image: Image.Image, name: str) -> Image.Image:
+    """An opened picture as ``decode`` gives it: first frame, upright, sRGB, 8 bits, on ``BACKGROUND``; mode RGB.
+
+    Args:
+        image: from Pillow, decoded or not yet.
+        name: What messages call it.
+
+    Raises:
+        InputError: As ``decode``.
+    """
+    with warnings.catch_warnings(), _decoding(name):
+        warnings.simplefilter("ignore")
+        image = _upright(image)
+        colours, alpha = _separate(image, name)
+    profile = None if image.mode == "LAB" else image.info.get("icc_profile")  # Pillow took L*a*b* to sRGB already
+    rgb = _to_srgb(colours, profile, name)
+    return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, BACKGROUND), alpha)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Pillow's errors, of whatever kind, as one that names the file."""
     try:
-        with warnings.catch_warnings():
-            # Phones have 108-megapixel sensors (DecompressionBombWarning) and write odd EXIF; neither is news.
-            warnings.simplefilter("ignore")
-            image = _upright(Image.open(BytesIO(data), formats=_FORMATS))
-            colours, alpha = _separate(image, name)
+        yield
     except Image.DecompressionBombError as error:  # raised on opening, before pixels are decoded
         size = str(error).partition(",")[0]
         raise InputError(f"{name} is too large to be decoded safely: {size}; scale it down") from error
@@ -125,9 +151,6 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise
     except Exception as error:  # decoders raise anything
         raise InputError(f"{name} cannot be decoded: it is truncated or no image; remove it or save it anew") from error
-    profile = None if image.mode == "LAB" else image.info.get("icc_profile")  # Pillow took L*a*b* to sRGB already
-    rgb = _to_srgb(colours, profile, name)
-    return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, BACKGROUND), alpha)
 
 
 def square(image: Image.Image, resolution: int) -> tuple[UInt8[Tensor, "3 h w"], Box]:

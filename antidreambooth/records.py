@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,3 +45,9 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
 def versions() -> dict[str, str]:
     """The versions of the libraries whose numerics a result depends on."""
     return {package: version(package) for package in PACKAGES}
+
+
+def slug(text: str) -> str:
+    """A file name for any text; where characters have to go, a hash keeps it apart from other such texts."""
+    name = re.sub(r"[^\w.-]+", "_", text)
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

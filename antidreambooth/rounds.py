@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from antidreambooth.backbone import Posterior
 from antidreambooth.perturbation import PGD
 from antidreambooth.surrogates import Surrogate
 from antidreambooth.turns import Turn
@@ -21,7 +22,7 @@ class Photos(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a round leaves behind."""
+    """What a round leaves behind; of several surrogates the means."""
 
     cloaked: Float[Tensor, "n 3 h w"]
     clean_loss: Float[Tensor, ""]
@@ -30,8 +31,7 @@ class Outcome(NamedTuple):
 
 
 def alternate(
-    surrogate: Surrogate,
-    clean: Posterior,
+    surrogates: Sequence[Surrogate],
     originals: Float[Tensor, "n 3 h w"],
     cloaked: Float[Tensor, "n 3 h w"],
     attack: PGD,
@@ -39,9 +39,12 @@ def alternate(
 ) -> Outcome:
     """One round of ASPL (arXiv:2303.15433, Section 4: alternating surrogate and perturbation learning).
 
+    With a surrogate that does not learn it is a round of FSMG or AdvDM; with several it is one of their ensembles:
+    each moves the same photos on its own, and the mean of what comes out is what all of them then learn from, as it
+    is what gets published.
+
     Args:
-        surrogate: the model that the gradient is taken through; trained in place.
-        clean: latents of the reference set A.
+        surrogates: the models that the gradient is taken through; trained in place.
         originals: the photos to protect, in [-1, 1].
         cloaked: what they have become so far.
         attack: projected gradient descent with its objective and budget.
@@ -51,9 +54,14 @@ def alternate(
         The photos after this round, the mean losses of both surrogate phases and the mean objective.
     """
     generator = turn.generator(originals.device)
-    with surrogate.borrowed():
-        clean_loss = surrogate.learn(clean, turn, generator)
-        cloaked, objective = attack(surrogate, originals, cloaked, generator)
-    posterior = surrogate.backbone.encode_all(cloaked, attack.micro_batch)
-    cloaked_loss = surrogate.learn(posterior, turn, generator)
-    return Outcome(cloaked, clean_loss, objective, cloaked_loss)
+    moved: list[Tensor] = []
+    clean_losses, objectives = [], []
+    for surrogate in surrogates:
+        with surrogate.borrowed():
+            clean_losses.append(surrogate.learn_clean(turn, generator))
+            images, objective = attack(surrogate, originals, cloaked, generator)
+        moved.append(images)
+        objectives.append(objective)
+    cloaked = attack.project(torch.stack(moved).mean(dim=0), originals)
+    cloaked_losses = [surrogate.learn_cloaked(cloaked, turn, generator) for surrogate in surrogates]
+    return Outcome(cloaked, *(torch.stack(values).mean() for values in (clean_losses, objectives, cloaked_losses)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -26,13 +27,53 @@ class Surrogate(Protocol):
         """Whatever is learned inside the context is unlearned at its end."""
         ...
 
-    def learn(self, instances: Posterior, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
-        """Trains on the instances' latents for one phase; returns the phase's mean loss."""
+    def learn_clean(self, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
+        """Trains on the clean photos for one phase; returns the phase's mean loss."""
+        ...
+
+    def learn_cloaked(
+        self, images: Float[Tensor, "n 3 h w"], turn: Turn, generator: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """Trains on the perturbed photos for one phase; returns the phase's mean loss."""
         ...
 
     def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
         """The prompt that the attack expects, as the text encoder sees it now."""
         ...
+
+
+class Fixed:
+    """A surrogate that does not learn.
+
+    Trained on the clean photos beforehand it makes FSMG (arXiv:2303.15433, Section 4: fully-trained surrogate model
+    guidance), untouched it makes AdvDM (arXiv:2302.04578).
+
+    Args:
+        backbone: the model.
+        prompt: what the attack expects the pictures to be called.
+    """
+
+    def __init__(self, backbone: Backbone, prompt: str) -> None:
+        self.backbone, self.prompt = backbone, prompt
+
+    def borrowed(self) -> AbstractContextManager[None]:
+        """Nothing is learned, nothing has to be unlearned."""
+        return nullcontext()
+
+    def learn_clean(self, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
+        """Learns nothing."""
+        return torch.zeros((), device=generator.device)
+
+    def learn_cloaked(
+        self, images: Float[Tensor, "n 3 h w"], turn: Turn, generator: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """Learns nothing."""
+        return torch.zeros((), device=generator.device)
+
+    @torch.no_grad()
+    def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
+        """The prompt."""
+        return self.backbone.embed([self.prompt])
 
 
 class Alternating:
@@ -42,18 +83,39 @@ class Alternating:
         backbone: the base model; its U-Net and (if so set) text encoder are trained in place.
         training: how, completed by the backbone's own values.
         weights: the trainable weights with their optimizer.
+        clean: latents of the reference set A.
         classes: latents of the class images; None without prior preservation.
+        micro_batch: photos encoded at a time.
     """
 
-    def __init__(self, backbone: Backbone, training: DreamBooth, weights: Weights, classes: Posterior | None) -> None:
-        self.backbone, self.weights, self.classes = backbone, weights, classes
+    def __init__(
+        self,
+        backbone: Backbone,
+        training: DreamBooth,
+        weights: Weights,
+        clean: Posterior,
+        classes: Posterior | None = None,
+        micro_batch: int = 4,
+    ) -> None:
+        self.backbone, self.weights, self.micro_batch = backbone, weights, micro_batch
         self.training = training.completed(backbone.defaults)
+        self.clean, self.classes = clean, classes
 
     def borrowed(self) -> AbstractContextManager[None]:
         """Theta' for as long as the context lasts."""
         return self.weights.borrowed()
 
-    def learn(self, instances: Posterior, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
+    def learn_clean(self, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
+        """One phase on set A."""
+        return self._learn(self.clean, turn, generator)
+
+    def learn_cloaked(
+        self, images: Float[Tensor, "n 3 h w"], turn: Turn, generator: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """One phase on the photos as they are now."""
+        return self._learn(self.backbone.encode_all(images, self.micro_batch), turn, generator)
+
+    def _learn(self, instances: Posterior, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
         """One phase of DreamBooth steps with a fresh AdamW; returns the mean loss."""
         size, steps = given(self.training.batch_size, 1), given(self.training.steps, 0)
         batches = turn.batches(steps, size, len(instances.mean))
@@ -72,3 +134,45 @@ class Alternating:
     def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
         """The instance prompt, as the text encoder sees it now."""
         return self.backbone.embed([self.training.instance_prompt])
+
+
+class Offloaded:
+    """Another surrogate, on the device only while it is at work: several large base models share one card.
+
+    Args:
+        surrogate: the other one.
+        device: where it works; it rests in main memory.
+    """
+
+    def __init__(self, surrogate: Surrogate, device: torch.device) -> None:
+        self.surrogate, self.device = surrogate, device
+        self.backbone = surrogate.backbone.to("cpu")
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        self.backbone.to(self.device)
+        try:
+            yield
+        finally:
+            self.backbone.to("cpu")
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """The other's, on the device; what is called inside the context finds it there."""
+        with self._present(), self.surrogate.borrowed():
+            yield
+
+    def learn_clean(self, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
+        """The other's; call it while borrowed."""
+        return self.surrogate.learn_clean(turn, generator)
+
+    def learn_cloaked(
+        self, images: Float[Tensor, "n 3 h w"], turn: Turn, generator: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """The other's, on the device."""
+        with self._present():
+            return self.surrogate.learn_cloaked(images, turn, generator)
+
+    def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
+        """The other's; call it while borrowed."""
+        return self.surrogate.prompt_embedding()

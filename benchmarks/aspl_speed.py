@@ -169,9 +169,10 @@ class Ours:
         parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
         optimizer = AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         with self.autocast():  # once a run
-            self.clean = backbone.encode_all(task.photos, args.micro_batch)
+            clean = backbone.encode_all(task.photos, args.micro_batch)
             classes = None if task.classes is None else backbone.encode_all(task.classes, args.micro_batch)
-        self.surrogate = Alternating(backbone, settings, Weights(parameters, optimizer), classes)
+        weights = Weights(parameters, optimizer)
+        self.surrogate = Alternating(backbone, settings, weights, clean, classes, args.micro_batch)
 
     def autocast(self) -> torch.autocast:
         """Low precision with fp32 weights, as the trainer's bf16-mixed does it."""
@@ -180,7 +181,7 @@ class Ours:
     def round(self, cloaked: Tensor, turn: Turn) -> Outcome:
         """One alternation."""
         with self.autocast():
-            return alternate(self.surrogate, self.clean, self.task.photos, cloaked, self.task.attack, turn)
+            return alternate([self.surrogate], self.task.photos, cloaked, self.task.attack, turn)
 
 
 def stable_diffusion_15(device: str) -> Backbone:

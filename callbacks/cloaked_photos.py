@@ -89,6 +89,7 @@ class CloakedPhotos(Callback):
             "versions": versions(),
             "seed": record["seed"],
             "rounds": trainer.current_epoch,
+            "passes": dict(zip(("unet", "encoder"), pl_module.passes.tolist(), strict=True)),
             "photos": entries,
             "complete": complete,
         }

@@ -55,7 +55,7 @@ class SampleGrid(Callback):
     def _grid(self, trainer: Trainer, pl_module: LightningModule, unit: str, number: int) -> None:
         if not trainer.is_global_zero:
             return
-        backbone = pl_module.backbone
+        backbone = pl_module.backbone.to(pl_module.device)  # an ensemble may have put it aside
         noise = noise_of(backbone, pl_module.resolution, range(self.count), seed=0)
         prompts = [pl_module.prompt(prompt) for prompt in self.prompts]
         with trainer.precision_plugin.forward_context():

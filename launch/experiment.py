@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ from pathlib import Path
 
 from antidreambooth.conditions import Condition
 from antidreambooth.errors import InputError
+from antidreambooth.records import slug
 from antidreambooth.sampling import Generation
 
 BASE = "base"  # the control that is trained on nobody
@@ -219,9 +218,3 @@ def located(config: str) -> str:
     """A config file as it is given or, where it is not there, in this repository: a verdict may start anywhere."""
     own = Path(__file__).parent.parent / config
     return str(own) if own.is_file() and not Path(config).is_file() else config
-
-
-def slug(text: str) -> str:
-    """A file name for any text; where characters have to go, a hash keeps it apart from other such texts."""
-    name = re.sub(r"[^\w.-]+", "_", text)
-    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -107,7 +107,6 @@ def run(experiment: Experiment, arguments: list[str]) -> tuple[dict[str, str], d
 
 def work(experiment: Experiment, share: str, fit: Fit) -> None:
     """A job's part: every JOBS-th cloak or cell; what fails is written down and does not stop the others."""
-    sys.argv = sys.argv[:1]  # LightningCLI warns about arguments of the process beside the given ones
     phase, _, part = share.partition(":")
     number, jobs = map(int, part.split("/"))
     tasks: list[tuple[Path, Callable[[], None]]]

@@ -4,5 +4,6 @@ from lightning_modules.aspl import ASPL
 from lightning_modules.atomic_checkpoint import AtomicCheckpointIO
 from lightning_modules.cloaking import Cloaking
 from lightning_modules.dreambooth import Victim
+from lightning_modules.fsmg import FSMG
 
-__all__ = ["ASPL", "AtomicCheckpointIO", "Cloaking", "Victim"]
+__all__ = ["ASPL", "FSMG", "AtomicCheckpointIO", "Cloaking", "Victim"]

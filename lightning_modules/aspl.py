@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy
 from torch.optim import AdamW, Optimizer
 
-from antidreambooth.backbone import Posterior
+from antidreambooth.backbone import Backbone, Posterior
 from antidreambooth.dreambooth import DreamBooth, trainable
-from antidreambooth.objectives import Objective
-from antidreambooth.rounds import Outcome, Photos, alternate
+from antidreambooth.errors import InputError
+from antidreambooth.rounds import Photos
 from antidreambooth.surrogates import Alternating
 from antidreambooth.weights import Weights
 from lightning_modules.cloaking import Cloaking
@@ -18,75 +20,62 @@ class ASPL(Cloaking):
     """Anti-DreamBooth's main method (arXiv:2303.15433, Section 4; https://arxiv.org/abs/2303.15433).
 
     Each round borrows the surrogate's weights, trains them on the clean photos, perturbs the photos against them, gives
-    the weights back and trains them on the perturbed photos.
+    the weights back and trains them on the perturbed photos. With ``ensemble`` it is E-ASPL: every base model does so,
+    and all of them train on the mean of their perturbed photos.
 
     Args:
-        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
-        revision: branch, tag or commit of a hub id.
-        variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
-        resolution: side in pixels at which photos are cloaked; what the backbone was made for when not given.
-        budget: largest change of any pixel's value, in 8-bit steps.
-        step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
-        pgd_steps: PGD steps in a round.
-        micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
-        objective: what the perturbation maximises; Denoising when not given.
         surrogate: how the surrogate trains.
+        kwargs: those of every cloaking method.
     """
 
-    def __init__(
-        self,
-        *,
-        backbone: str = "embedded",
-        revision: str | None = None,
-        variant: str | None = None,
-        resolution: int | None = None,
-        budget: float = 8.0,
-        step_size: float | None = None,
-        pgd_steps: int = 6,
-        micro_batch: int = 4,
-        objective: Objective | None = None,
-        surrogate: DreamBooth = DreamBooth(),  # noqa: B008 (frozen)
-    ) -> None:
-        super().__init__(
-            backbone=backbone,
-            revision=revision,
-            variant=variant,
-            resolution=resolution,
-            budget=budget,
-            step_size=step_size,
-            pgd_steps=pgd_steps,
-            micro_batch=micro_batch,
-            objective=objective,
-        )
-        self.save_hyperparameters(logger=False)
-        self.clean: Posterior | None = None
-        self.classes: Posterior | None = None
+    def __init__(self, *, surrogate: DreamBooth = DreamBooth(), **kwargs: Any) -> None:  # noqa: B008 (frozen)
+        super().__init__(**kwargs)
+        self.classes: list[Posterior | None] = []
+
+    def setup(self, stage: str) -> None:
+        """Refuses what would fail in the middle of a round."""
+        super().setup(stage)
+        strategy = self.trainer.strategy
+        ready = not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters")
+        if len(self.sources) > 1 and not ready:
+            raise InputError(
+                "only one base model of an ensemble learns at a time: use "
+                "--trainer.strategy ddp_find_unused_parameters_true"
+            )
 
     def configure_model(self) -> None:
-        """Loads the backbone, makes it a surrogate, samples class images while it is untouched."""
+        """Makes the base models surrogates and samples class images while they are untouched."""
         if hasattr(self, "backbone"):
             return
         super().configure_model()
-        self.training_settings = self.hparams.surrogate.completed(self.backbone.defaults)
-        self.hparams.surrogate = self.training_settings
-        for part in trainable(self.backbone, self.training_settings):
-            part.requires_grad_(True)
-        if self.training_settings.gradient_checkpointing:
-            self.backbone.enable_gradient_checkpointing()
-        if self.training_settings.prior.weight:
-            self.classes = self.class_posterior(self.training_settings.prior, self.attack.micro_batch)
+        self.trainings = [self.hparams.surrogate.completed(backbone.defaults) for backbone in self.backbones]
+        for backbone, training in zip(self.backbones, self.trainings, strict=True):
+            for part in trainable(backbone, training):
+                part.requires_grad_(True)
+            if training.gradient_checkpointing:
+                backbone.enable_gradient_checkpointing()
+            self.classes.append(self.class_posterior(backbone, training.prior, self.attack.micro_batch))
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW over what the surrogate trains."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        settings = self.training_settings
-        return AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        """AdamW over what the surrogates train, each at its own learning rate."""
+        groups = [
+            {"params": learned(backbone), "lr": training.learning_rate, "weight_decay": training.weight_decay}
+            for backbone, training in zip(self.backbones, self.trainings, strict=True)
+        ]
+        return AdamW(groups, fused=True)
 
-    def round(self, photos: Photos, cloaked: Tensor) -> Outcome:
-        """One alternation."""
-        if self.clean is None:
-            self.clean = self.backbone.encode_all(photos.clean, self.attack.micro_batch)
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        weights = Weights(parameters, self.optimizers(), self.manual_backward)
-        surrogate = Alternating(self.backbone, self.training_settings, weights, self.classes)
-        return alternate(surrogate, self.clean, photos.originals, cloaked, self.attack, self.turn)
+    def surrogate(self, backbone: Backbone, photos: Photos) -> Alternating:
+        """DreamBooth on a base model, a few steps at a time."""
+        number, micro_batch = self.backbones.index(backbone), self.attack.micro_batch
+        weights = Weights(learned(backbone), self.optimizers(), self.manual_backward)
+        clean = backbone.encode_all(photos.clean, micro_batch)
+        return Alternating(backbone, self.trainings[number], weights, clean, self.classes[number], micro_batch)
+
+    def effective(self) -> dict[str, Any]:
+        """Also how the surrogates train."""
+        return {**super().effective(), "surrogate": self.trainings[0], "ensemble_surrogates": self.trainings[1:]}
+
+
+def learned(backbone: Backbone) -> list[Any]:
+    """The weights of a base model that learn."""
+    return [parameter for parameter in backbone.parameters() if parameter.requires_grad]

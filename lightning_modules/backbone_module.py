@@ -51,10 +51,19 @@ class BackboneModule(LightningModule):
         """Loads the backbone onto the device that will run it."""
         if hasattr(self, "backbone"):
             return
-        settings = self.hparams
-        self.backbone = load_backbone(settings.backbone, settings.revision, settings.variant)
-        self.backbone.to(self.trainer.strategy.root_device)
+        self.backbone = self.load(self.sources[0])
         self.fingerprint = self.backbone.fingerprint()
+
+    @property
+    def sources(self) -> list[str]:
+        """The base models that are loaded; one, here."""
+        return [self.hparams.backbone]
+
+    def load(self, name: str) -> Backbone:
+        """A base model, on the device; revision and variant belong to the one that ``backbone`` names."""
+        own = name == self.hparams.backbone
+        chosen = (self.hparams.revision, self.hparams.variant) if own else (None, None)
+        return load_backbone(name, *chosen).to(self.trainer.strategy.root_device)
 
     def prompt(self, text: str) -> str:
         """A prompt as the model in training knows it."""
@@ -97,13 +106,15 @@ class BackboneModule(LightningModule):
                 + ". Go on with the same ones, or start anew without --ckpt_path"
             )
 
-    def class_posterior(self, prior: PriorPreservation, micro_batch: int) -> Posterior:
-        """Latents of the class images that prior preservation wants; call it while the backbone is untouched."""
+    def class_posterior(self, backbone: Backbone, prior: PriorPreservation, micro_batch: int) -> Posterior | None:
+        """Latents of the class images, for prior preservation; call it while the backbone is untouched."""
+        if not prior.weight:
+            return None
         assert prior.class_prompt is not None
         pictures = class_images(
-            self.backbone, prior.class_prompt, prior.images, self.resolution, progress=self._progress("class images")
+            backbone, prior.class_prompt, prior.images, self.resolution, progress=self._progress("class images")
         )
-        return self.backbone.encode_all(to_float(pictures).to(self.device), micro_batch)
+        return backbone.encode_all(to_float(pictures).to(self.device), micro_batch)
 
     def _progress(self, what: str) -> Any:
         def bar(batches: Iterable[int]) -> Iterable[int]:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from antidreambooth.backbone import Backbone
 from antidreambooth.objectives import Denoising, Objective
+from antidreambooth.passes import counted
 from antidreambooth.perturbation import PGD, STEP
-from antidreambooth.rounds import Outcome, Photos
+from antidreambooth.rounds import Outcome, Photos, alternate
+from antidreambooth.surrogates import Offloaded, Surrogate
 from antidreambooth.turns import Turn
 from lightning_modules.backbone_module import BackboneModule
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Further base models to attack beside the first (arXiv:2303.15433, Section 4: ensemble-based variants).
+
+    Args:
+        backbones: ``embedded``, folders in diffusers layout, or hub ids.
+        offload: whether only the one at work is on the device, and the others rest in main memory.
+    """
+
+    backbones: list[str] = field(default_factory=list)
+    offload: bool = False
 
 
 class Cloaking(BackboneModule):
     """A run that perturbs photos; one ``training_step``, one epoch, is one round of a method.
 
-    Subclasses say what a round is. The perturbation (n 3 h w, in units of [-1, 1]) is a buffer: saved in checkpoints
-    and, since gradients are averaged over ranks, identical on all of them.
+    Subclasses say what the surrogates are. The perturbation (n 3 h w, in units of [-1, 1]) is a buffer: saved in
+    checkpoints and, since gradients are averaged over ranks, identical on all of them.
 
     Args:
         backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
@@ -29,41 +46,72 @@ class Cloaking(BackboneModule):
         step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
         pgd_steps: PGD steps in a round.
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
-        objective: what the perturbation maximises; Denoising when not given.
+        objective: what the perturbation maximises: Denoising (when not given), Targeted, Transformed.
+        ensemble: further base models to attack at the same time.
     """
 
     perturbation: Tensor
-    buffers_kept = ("perturbation",)
+    passes: Tensor  # images through U-Nets and through encoders in all rounds, on this rank
+    buffers_kept = ("perturbation", "passes")
 
     def __init__(
         self,
         *,
-        backbone: str,
-        revision: str | None,
-        variant: str | None,
-        resolution: int | None,
-        budget: float,
-        step_size: float | None,
-        pgd_steps: int,
-        micro_batch: int,
-        objective: Objective | None,
+        backbone: str = "embedded",
+        revision: str | None = None,
+        variant: str | None = None,
+        resolution: int | None = None,
+        budget: float = 8.0,
+        step_size: float | None = None,
+        pgd_steps: int = 6,
+        micro_batch: int = 4,
+        objective: Objective | None = None,
+        ensemble: Ensemble = Ensemble(),
     ) -> None:
         super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
+        self.save_hyperparameters(logger=False)  # a subclass's own, too
         self.automatic_optimization = False
         self.attack = PGD(budget, step_size, pgd_steps, micro_batch, objective or Denoising(), self._average)
         self.register_buffer("perturbation", torch.empty(0))
+        self.register_buffer("passes", torch.zeros(2, dtype=torch.int64))
+        self.surrogates: list[Surrogate] = []
+
+    @property
+    def sources(self) -> list[str]:
+        """The base models, the first one first."""
+        return [self.hparams.backbone, *self.hparams.ensemble.backbones]
+
+    @property
+    def backbones(self) -> list[Backbone]:
+        """The base models, as loaded."""
+        return [self.backbone, *cast(list[Backbone], list(self.others))]
+
+    def configure_model(self) -> None:
+        """Loads all base models."""
+        if hasattr(self, "backbone"):
+            return
+        super().configure_model()
+        self.others = nn.ModuleList(self.load(name) for name in self.sources[1:])
+        self.fingerprints = [other.fingerprint() for other in self.others]  # before they learn anything
+
+    def surrogate(self, backbone: Backbone, photos: Photos) -> Surrogate:
+        """What the method makes of a base model."""
+        raise NotImplementedError
 
     def training_step(self, batch: Photos, batch_idx: int) -> None:
         """One round."""
         if self.perturbation.numel() == 0:
             self.perturbation = torch.zeros_like(batch.originals)
-        outcome = self.round(batch, batch.originals + self.perturbation)
+        if not self.surrogates:
+            made = [self.surrogate(backbone, batch) for backbone in self.backbones]
+            offload = self.hparams.ensemble.offload
+            self.surrogates = [Offloaded(surrogate, self.device) for surrogate in made] if offload else made
+        with counted(self.backbones) as passes:
+            cloaked = batch.originals + self.perturbation
+            outcome = alternate(self.surrogates, batch.originals, cloaked, self.attack, self.turn)
+        self.passes += torch.tensor([passes.unet, passes.encoder], device=self.device)
         self.perturbation = outcome.cloaked - batch.originals
         self._log(outcome)
-
-    def round(self, photos: Photos, cloaked: Tensor) -> Outcome:
-        """What the method does in a round, given the photos as they are cloaked so far."""
-        raise NotImplementedError
 
     @property
     def turn(self) -> Turn:
@@ -74,6 +122,7 @@ class Cloaking(BackboneModule):
         """Also how the attack goes."""
         return {
             **super().effective(),
+            "ensemble_sha256": self.fingerprints,
             "step_size": self.attack.effective_step_size,
             "objective": self.attack.objective,
         }

@@ -101,8 +101,7 @@ class Victim(BackboneModule):
         if self.trainer.testing:
             self.adaptation.load(self.backbone, Path(self.trainer.default_root_dir) / self.adaptation.folder)
             return
-        if training.prior.weight:
-            self.classes = self.class_posterior(training.prior, MICRO_BATCH)
+        self.classes = self.class_posterior(self.backbone, training.prior, MICRO_BATCH)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # a LoRA starts from random numbers
             self.adaptation.prepare(self.backbone, bool(training.train_text_encoder))

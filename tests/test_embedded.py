@@ -40,10 +40,10 @@ def test_a_cloak_is_not_noise():
         part.requires_grad_(True)
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     weights = Weights(parameters, torch.optim.AdamW(parameters, lr=training.learning_rate))
-    surrogate, images = Alternating(backbone, training, weights, None), to_float(originals)
-    clean, cloaked = backbone.encode_all(images, 4), images
+    images = cloaked = to_float(originals)
+    surrogate = Alternating(backbone, training, weights, backbone.encode_all(images, 4))
     for number in range(4):
-        cloaked = alternate(surrogate, clean, images, cloaked, PGD(budget=budget), Turn(number)).cloaked
+        cloaked = alternate([surrogate], images, cloaked, PGD(budget=budget), Turn(number)).cloaked
 
     signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
     untouched = load_backbone("embedded")

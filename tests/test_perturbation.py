@@ -1,16 +1,16 @@
 """Projection, pixel gradient, PGD."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antidreambooth.errors import InputError
-from antidreambooth.objectives import Denoising
+from antidreambooth.objectives import Denoising, Targeted, Transformed
 from antidreambooth.perturbation import PGD, STEP, pixel_gradient, project
 from antidreambooth.photos import to_8bit, to_float
+from antidreambooth.surrogates import Fixed
+from antidreambooth.transforms import Crop, Flip
 from antidreambooth.turns import Turn
 from tests.conftest import random_images
 
@@ -47,58 +47,46 @@ def gradient(backbone, images, micro_batch):
     return pixel_gradient(objective, backbone, images, embedding, draw, micro_batch)
 
 
+OBJECTIVES = {
+    "denoising": Denoising(),
+    "targeted": Targeted("rings"),
+    "transformed": Transformed([Flip(), Crop(0.5)], Targeted()),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_pixel_gradient_is_that_of_a_finite_difference(any_backbone, objective):
+    any_backbone.double()
+    images = to_float(random_images(2)).double()
+    draw = objective.draw(any_backbone, images, Turn(0).generator(images.device))
+    embedding = any_backbone.embed([PROMPT]).detach()
+    direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def value(x):
+        with torch.no_grad():
+            return objective(any_backbone, x, embedding, draw).mean()
+
+    h = 1e-6
+    expected = (value(images + h * direction) - value(images - h * direction)) / (2 * h)
+    actual, same = pixel_gradient(objective, any_backbone, images, embedding, draw, 2)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(same, value(images))
+    torch.testing.assert_close((actual * direction).sum(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 8])
-def test_micro_batches_do_not_change_the_gradient(any_backbone, micro_batch):
+def test_micro_batches_do_not_change_the_gradient(any_backbone, objective, micro_batch):
     images = to_float(random_images(5))
-    expected, value = gradient(any_backbone, images, 5)
-    actual, same_value = gradient(any_backbone, images, micro_batch)
+    draw = objective.draw(any_backbone, images, Turn(0).generator(images.device))
+    embedding = any_backbone.embed([PROMPT]).detach()
+    expected, value = pixel_gradient(objective, any_backbone, images, embedding, draw, 5)
+    actual, same_value = pixel_gradient(objective, any_backbone, images, embedding, draw, micro_batch)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(same_value, value, rtol=1e-5, atol=1e-7)
 
 
-def test_pixel_gradient_is_that_of_a_finite_difference(any_backbone):
-    any_backbone.double()
-    images = to_float(random_images(2)).double()
-    objective = Denoising()
-    draw = objective.draw(any_backbone, images.float(), Turn(0).generator(images.device))
-    embedding = any_backbone.embed(["a photo of sks person"])
-    direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-    def value(x):
-        # `encode` and the loss reduce in fp32 by design; here everything is fp64.
-        posterior = any_backbone.vae.encode(x).latent_dist
-        scale = any_backbone.vae.config.scaling_factor
-        z = (posterior.mean + posterior.std * draw.posterior_noise) * scale
-        abar = any_backbone.alphas_cumprod.double()[draw.timesteps].view(-1, 1, 1, 1)
-        noisy = abar.sqrt() * z + (1 - abar).sqrt() * draw.noise
-        out = any_backbone.unet(noisy, draw.timesteps, embedding.expand(2, -1, -1)).sample
-        v = abar.sqrt() * draw.noise - (1 - abar).sqrt() * z
-        target = draw.noise if any_backbone.scheduler.config.prediction_type == "epsilon" else v
-        return (out - target).square().mean()
-
-    h = 1e-5
-    with torch.no_grad():
-        expected = (value(images + h * direction) - value(images - h * direction)) / (2 * h)
-    any_backbone.float()
-    actual, _ = pixel_gradient(objective, any_backbone, images.float(), embedding.float(), draw, 2)
-    torch.testing.assert_close((actual.double() * direction).sum(), expected, rtol=2e-3, atol=1e-7)
-
-
-class FixedSurrogate:
-    """The untouched model, as AdvDM takes it."""
-
-    def __init__(self, backbone):
-        self.backbone = backbone
-
-    def borrowed(self):
-        return nullcontext()
-
-    def learn(self, instances, turn, generator):
-        return torch.zeros(())
-
-    def prompt_embedding(self):
-        with torch.no_grad():
-            return self.backbone.embed(["a photo of sks person"])
+PROMPT = "a photo of sks person"
 
 
 def test_attack_raises_the_objective_and_leaves_the_model_alone(backbone):
@@ -106,7 +94,7 @@ def test_attack_raises_the_objective_and_leaves_the_model_alone(backbone):
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     originals = to_float(random_images(3))
     generator = Turn(0).generator(originals.device)
-    cloaked, _ = PGD(budget=8.0, steps=20)(FixedSurrogate(backbone), originals, originals, generator)
+    cloaked, _ = PGD(budget=8.0, steps=20)(Fixed(backbone, PROMPT), originals, originals, generator)
     (_, low), (_, high) = gradient(backbone, originals, 3), gradient(backbone, cloaked, 3)
     assert high > low
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
@@ -116,7 +104,7 @@ def test_attack_raises_the_objective_and_leaves_the_model_alone(backbone):
 
 def test_step_size_defaults_to_a_tenth_of_the_budget(backbone):
     originals = to_float(random_images(1)) * 0.5
-    cloaked, _ = PGD(budget=10.0, steps=1)(FixedSurrogate(backbone), originals, originals, torch.Generator())
+    cloaked, _ = PGD(budget=10.0, steps=1)(Fixed(backbone, PROMPT), originals, originals, torch.Generator())
     torch.testing.assert_close((cloaked - originals).abs().max(), torch.tensor(STEP), rtol=1e-4, atol=0)
 
 
@@ -124,8 +112,8 @@ def test_the_gradient_is_averaged_over_processes(backbone):
     seen = []
     attack = PGD(steps=2, reduce=lambda g: seen.append(g) or -g)
     originals = to_float(random_images(1)) * 0.5
-    down, _ = attack(FixedSurrogate(backbone), originals, originals, torch.Generator().manual_seed(0))
-    up, _ = PGD(steps=1)(FixedSurrogate(backbone), originals, originals, torch.Generator().manual_seed(0))
+    down, _ = attack(Fixed(backbone, PROMPT), originals, originals, torch.Generator().manual_seed(0))
+    up, _ = PGD(steps=1)(Fixed(backbone, PROMPT), originals, originals, torch.Generator().manual_seed(0))
     assert len(seen) == 2
     first = originals - 0.8 * STEP * seen[0].sign()
     assert torch.equal(2 * originals - up, first) or torch.allclose(2 * originals - up, first, atol=1e-6)

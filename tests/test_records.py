@@ -1,11 +1,15 @@
 """Settings as plain values, and how two of them differ."""
 
 import json
+import re
 from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from antidreambooth.dreambooth import DreamBooth
 from antidreambooth.objectives import Denoising
-from antidreambooth.records import describe, differences, versions
+from antidreambooth.records import describe, differences, slug, versions
 
 
 def test_describe_is_plain_and_complete():
@@ -26,3 +30,10 @@ def test_differences_name_what_changed():
 
 def test_versions_name_the_libraries():
     assert {"torch", "diffusers", "lightning"} <= set(versions())
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), unique=True, min_size=2))
+def test_slugs_differ_and_are_file_names(texts):
+    slugs = [slug(text) for text in texts]
+    assert len(set(slugs)) == len(texts)
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in slugs)

@@ -16,8 +16,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import launch.cell
@@ -30,7 +28,7 @@ from antidreambooth.perturbation import random_noise
 from cli import main
 from launch.cell import arriving, cell_settings, contents, protected
 from launch.estimate import estimate, left
-from launch.experiment import BASE, Cell, Cloak, Experiment, Launcher, Person, slug
+from launch.experiment import BASE, Cell, Cloak, Experiment, Launcher, Person
 from launch.jobs import run_jobs, workers_of
 from launch.verdict import parser, read_experiment, verdict
 from tests.conftest import ROOT, random_images
@@ -124,13 +122,6 @@ def test_names_are_a_file_format():
     cloak = Cloak("lfw-Alvaro_Uribe", "aspl", 8.0, 0)
     assert cloak.name == "lfw-Alvaro_Uribe-aspl-8-s0"
     assert Cell(cloak, "jpeg75-half", "full", 1).name == "lfw-Alvaro_Uribe-aspl-8-s0-jpeg75-half-full-v1"
-
-
-@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), unique=True, min_size=2))
-def test_slugs_differ_and_are_file_names(texts):
-    slugs = [slug(text) for text in texts]
-    assert len(set(slugs)) == len(texts)
-    assert all(re.fullmatch(r"[\w.-]+", name) for name in slugs)
 
 
 def test_odd_names_lie_in_folders_of_their_own(people):

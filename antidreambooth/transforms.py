@@ -1,0 +1,57 @@
+"""Random image transforms that an attack sees photos through: expectation over transforms (arXiv:1707.07397)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+
+class Transform(ABC):
+    """A differentiable change of pictures that depends on a few random numbers, drawn for all pictures at once."""
+
+    @abstractmethod
+    def draw(self, count: int, generator: torch.Generator) -> Float[Tensor, "n numbers"]:
+        """The randomness of ``count`` pictures, on the generator's device."""
+
+    @abstractmethod
+    def __call__(self, images: Float[Tensor, "n 3 h w"], drawn: Float[Tensor, "n numbers"]) -> Float[Tensor, "n 3 h w"]:
+        """Each picture in [-1, 1], changed; differentiable in the pixels, of the same size."""
+
+
+class Flip(Transform):
+    """Left becomes right in every second picture, as attackers' pipelines do it."""
+
+    def draw(self, count: int, generator: torch.Generator) -> Float[Tensor, "n numbers"]:
+        """One number in [0, 1) a picture."""
+        return torch.rand((count, 1), generator=generator, device=generator.device)
+
+    def __call__(self, images: Float[Tensor, "n 3 h w"], drawn: Float[Tensor, "n numbers"]) -> Float[Tensor, "n 3 h w"]:
+        """The pictures, some of them mirrored."""
+        return torch.where(drawn[:, :, None, None] < 0.5, images.flip(-1), images)
+
+
+class Crop(Transform):
+    """A random square of each picture, scaled up to the picture's size (bilinear).
+
+    Args:
+        smallest: side of the smallest square, as a share of the picture's.
+    """
+
+    def __init__(self, smallest: float = 0.8) -> None:
+        self.smallest = smallest
+
+    def draw(self, count: int, generator: torch.Generator) -> Float[Tensor, "n numbers"]:
+        """Three numbers in [0, 1) a picture: side, left, top."""
+        return torch.rand((count, 3), generator=generator, device=generator.device)
+
+    def __call__(self, images: Float[Tensor, "n 3 h w"], drawn: Float[Tensor, "n numbers"]) -> Float[Tensor, "n 3 h w"]:
+        """The squares."""
+        side = self.smallest + (1 - self.smallest) * drawn[:, 0]
+        centre = (1 - side)[:, None] * (2 * drawn[:, 1:] - 1)
+        scale = side[:, None, None] * torch.eye(2, device=images.device)
+        where = affine_grid(torch.cat([scale, centre[:, :, None]], dim=2), list(images.shape), align_corners=False)
+        return grid_sample(images, where.to(images), padding_mode="border", align_corners=False)

@@ -1,0 +1,84 @@
+"""FSMG and AdvDM: perturbation against surrogates that do not learn any more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from antidreambooth.adaptations import Full
+from antidreambooth.backbone import Backbone
+from antidreambooth.dreambooth import DreamBooth
+from antidreambooth.records import slug
+from antidreambooth.rounds import Photos
+from antidreambooth.surrogates import Fixed
+from lightning_modules.cloaking import Cloaking
+
+
+class FSMG(Cloaking):
+    """Fully-trained surrogate model guidance (arXiv:2303.15433, Section 4; https://arxiv.org/abs/2303.15433).
+
+    PGD against a DreamBooth model that was trained on the clean photos beforehand; against the untouched base model it
+    is AdvDM (arXiv:2302.04578). With ``ensemble`` it is E-FSMG: every base model, or every surrogate made of one.
+
+    Args:
+        surrogate: config file of the victim that trains the surrogates on the clean photos, and its flags; they are
+            kept in ``surrogates/`` of the run's folder and reused from there. With ``null`` the backbones are attacked
+            as they are: base models, or a model that was trained elsewhere.
+        prompt: what the attacked models know the person as; when not given "a photo of sks person" where there is a
+            surrogate, as victims are trained, and each backbone's class prompt where there is none.
+        kwargs: those of every cloaking method.
+    """
+
+    def __init__(
+        self,
+        *,
+        surrogate: str | None = "configs/dreambooth.yaml",
+        prompt: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        # Lightning writes a checkpoint only after an optimizer's step, of which this method has no other: see
+        # https://github.com/Lightning-AI/pytorch-lightning/issues/17167.
+        self.clock = nn.Parameter(torch.zeros(()))
+
+    @property
+    def sources(self) -> list[str]:
+        """The surrogates that were trained on the base models, or the base models."""
+        if self.hparams.surrogate is None:
+            return super().sources
+        root = Path(self.trainer.default_root_dir)
+        return [str(surrogate_folder(root, name) / Full.folder) for name in super().sources]
+
+    def configure_optimizers(self) -> Optimizer:
+        """Counts rounds."""
+        return SGD([self.clock], lr=1.0)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """One round more."""
+        self.clock.grad = -torch.ones_like(self.clock)
+        self.optimizers().step()
+        self.clock.grad = None
+
+    def surrogate(self, backbone: Backbone, photos: Photos) -> Fixed:
+        """A model as it is."""
+        return Fixed(backbone, self.hparams.prompt or self._usual_prompt(backbone))
+
+    def effective(self) -> dict[str, Any]:
+        """Also the prompts."""
+        return {
+            **super().effective(),
+            "prompts": [self.hparams.prompt or self._usual_prompt(backbone) for backbone in self.backbones],
+        }
+
+    def _usual_prompt(self, backbone: Backbone) -> str:
+        trained = self.hparams.surrogate is not None
+        return DreamBooth().instance_prompt if trained else backbone.defaults.class_prompt
+
+
+def surrogate_folder(root: Path, backbone: str) -> Path:
+    """Where the surrogate of a base model is trained."""
+    return root / "surrogates" / slug(backbone)
