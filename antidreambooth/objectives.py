@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,6 +45,9 @@ class Draw:
 
 class Objective(ABC):
     """A number per image that PGD makes larger."""
+
+    def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:  # noqa: B027 (few need it)
+        """Computes what stays the same in all evaluations on such images, for a first one as cheap as the next."""
 
     @abstractmethod
     def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
@@ -106,7 +110,15 @@ class Targeted(Denoising):
         super().__init__(timesteps)
         require_target(target)
         self.target = target
-        self._latents: WeakKeyDictionary[Backbone, Tensor] = WeakKeyDictionary()
+        self._latents: WeakKeyDictionary[Backbone, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without latents: they belong to models that are in memory."""
+        return {**self.__dict__, "_latents": None}
+
+    def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:
+        """The target's latent."""
+        self._goal(backbone, images)
 
     def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
         """As for the denoising loss, with a level before each drawn one."""
@@ -130,6 +142,8 @@ class Targeted(Denoising):
 
     def _goal(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "1 c rows columns"]:
         """The target's latent, computed once for each base model."""
+        if self._latents is None:
+            self._latents = WeakKeyDictionary()
         if backbone not in self._latents:
             picture = target_image(self.target, images.shape[-1]).to(images)
             self._latents[backbone] = backbone.encode_all(picture, 1).mean
@@ -148,6 +162,10 @@ class Transformed(Objective):
         if not transforms:
             raise InputError("transforms is empty: leave out Transformed, or give some, such as Flip and Crop")
         self.transforms, self.objective = list(transforms), objective or Denoising()
+
+    def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:
+        """What the objective behind the transforms needs."""
+        self.objective.prepare(backbone, images)
 
     def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
         """The randomness of the transforms and of the objective."""

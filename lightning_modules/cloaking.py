@@ -103,9 +103,7 @@ class Cloaking(BackboneModule):
         if self.perturbation.numel() == 0:
             self.perturbation = torch.zeros_like(batch.originals)
         if not self.surrogates:
-            made = [self.surrogate(backbone, batch) for backbone in self.backbones]
-            offload = self.hparams.ensemble.offload
-            self.surrogates = [Offloaded(surrogate, self.device) for surrogate in made] if offload else made
+            self.surrogates = [self._made(backbone, batch) for backbone in self.backbones]
         with counted(self.backbones) as passes:
             cloaked = batch.originals + self.perturbation
             outcome = alternate(self.surrogates, batch.originals, cloaked, self.attack, self.turn)
@@ -131,6 +129,12 @@ class Cloaking(BackboneModule):
         """Also gives the perturbation its shape."""
         super().on_load_checkpoint(checkpoint)
         self.perturbation = torch.zeros_like(checkpoint["state_dict"]["perturbation"], device=self.device)
+
+    def _made(self, backbone: Backbone, photos: Photos) -> Surrogate:
+        """A surrogate, with what is computed once, where it waits for its turn."""
+        surrogate = self.surrogate(backbone, photos)
+        self.attack.objective.prepare(backbone, photos.originals)
+        return Offloaded(surrogate, self.device) if self.hparams.ensemble.offload else surrogate
 
     def _average(self, gradient: Tensor) -> Tensor:
         return cast(Tensor, self.trainer.strategy.reduce(gradient, reduce_op="mean"))

@@ -57,8 +57,9 @@ class FSMG(Cloaking):
         """Counts rounds."""
         return SGD([self.clock], lr=1.0)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """One round more."""
+    def training_step(self, batch: Photos, batch_idx: int) -> None:
+        """One round, and one more on the clock."""
+        super().training_step(batch, batch_idx)
         self.clock.grad = -torch.ones_like(self.clock)
         self.optimizers().step()
         self.clock.grad = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,10 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import antidreambooth
+from antidreambooth.dreambooth import DreamBooth, PriorPreservation
+from antidreambooth.methods import METHODS
+from antidreambooth.records import slug
 from cli import main
 from tests.conftest import ROOT
 
@@ -22,8 +27,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),  # lightning's own
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
 ]
-CONFIGS = [ROOT / "configs" / "aspl.yaml"]  # those that cloak; tests/test_victim.py runs the others
-VICTIMS = {"dreambooth", "dreambooth-lora", "textual-inversion"}
+VICTIMS = {"dreambooth", "dreambooth-lora", "textual-inversion"}  # tests/test_victim.py runs them
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in VICTIMS]
+OWN = {"perturbation", "passes"}  # of a checkpoint
+SURROGATE = (
+    "configs/dreambooth.yaml --model.training.learning_rate 1e-3 --model.training.steps 2 "
+    "--model.training.prior.images 4"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,17 +43,20 @@ def _no_arguments_of_pytests(monkeypatch):
 
 
 @pytest.fixture
-def command(small_model, photos, tmp_path):
+def command(small_model, small_v_model, photos, tmp_path):
     """Arguments of a run of a few small rounds; more can be added."""
 
     def build(*more, config=ROOT / "configs" / "aspl.yaml", rounds=2, out="out"):
+        fixed = {"advdm": [], "fsmg": [f"--model.surrogate={SURROGATE}"]}
+        learning = ["--model.surrogate.learning_rate=1e-3", "--model.surrogate.prior.images=4"]
+        several = [f"--model.ensemble.backbones=[{small_v_model}]"] if config.stem.startswith("e-") else []
         return [
             "fit",
             f"--config={config}",
             f"--data.photos={photos}",
             f"--model.backbone={small_model}",
-            "--model.surrogate.learning_rate=1e-3",
-            "--model.surrogate.prior.images=4",
+            *fixed.get(config.stem.removeprefix("t-").removeprefix("e-"), learning),
+            *several,
             "--trainer.accelerator=cpu",
             "--trainer.precision=32-true",
             f"--trainer.max_epochs={rounds}",
@@ -70,8 +83,8 @@ def manifest(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
 
 
-def test_no_config_is_without_a_test():
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {path.stem for path in CONFIGS} | VICTIMS
+def test_every_method_has_its_config():
+    assert {path.stem for path in CONFIGS} == set(METHODS)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -81,7 +94,14 @@ def test_every_config_parses(config, capsys):
     assert stopped.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["seed_everything"] == 0
-    assert printed["trainer"]["max_epochs"] == 50
+    method, model = METHODS[config.stem], printed["model"]
+    assert printed["trainer"]["max_epochs"] == method.rounds
+    assert model["init_args"]["pgd_steps"] == method.pgd_steps
+    assert model["class_path"].endswith("ASPL" if method.alternating else "FSMG")
+    assert method.untouched == (model["init_args"]["surrogate"] is None)
+    assert method.several == bool(model["init_args"]["ensemble"]["backbones"])
+    objective = model["init_args"]["objective"] or {"class_path": "Denoising"}
+    assert objective["class_path"].endswith(type(method.objective()).__name__)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -97,14 +117,37 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
         assert pixels(out / photo["cloaked"]).shape == (16, 16, 3)
         assert 0 < photo["largest_difference"] <= 8
     assert pixels(out / "comparison.png").shape[1] > 3 * 16
-    assert (out / "samples" / "round-025.png").is_file()
     assert (out / "checkpoints" / "last.ckpt").is_file()
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     scalars = {"surrogate/clean_loss", "surrogate/cloaked_loss", "pgd/objective", "perturbation/largest"}
     assert scalars <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("pgd/objective")] == list(range(1, 26))
-    assert "samples" in events.Tags()["images"]
+    learning = METHODS[config.stem].alternating
+    assert (max(event.value for event in events.Scalars("surrogate/clean_loss")) > 0) == learning
+    if learning:
+        assert (out / "samples" / "round-025.png").is_file()
+        assert "samples" in events.Tags()["images"]
     assert "25/25" in capsys.readouterr().out  # the bar counts rounds
+    models = 2 if METHODS[config.stem].several else 1
+    steps = METHODS[config.stem].pgd_steps * 3 + (6 * 2 if learning else 0)  # images a round, of each model
+    assert record["passes"]["unet"] == 25 * models * steps
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_notebook_gets_the_same_pixels(command, config, small_model, small_v_model, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda: False)  # as the command's precision
+    main(command(config=config, rounds=2))
+    method, backbones = METHODS[config.stem], [str(small_model), str(small_v_model)][: 1 + METHODS[config.stem].several]
+    if not (method.alternating or method.untouched):
+        backbones = [str(tmp_path / "out" / "surrogates" / slug(name) / "model") for name in backbones]
+    shutil.copytree(tmp_path / "out" / "cloaked", tmp_path / "wanted")
+    # What the command was told by flags, the function reads where the model keeps its own values.
+    training = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))
+    monkeypatch.setattr("antidreambooth.api.DreamBooth", lambda: training)
+    images = [Image.open(path) for path in sorted(photos.iterdir())]
+    cloaked = antidreambooth.cloak(images, backbones[0], config.stem, ensemble=backbones[1:], rounds=2, device="cpu")
+    for picture, path in zip(cloaked, sorted((tmp_path / "wanted").iterdir()), strict=True):
+        assert np.array_equal(np.asarray(picture), pixels(path)), path.name
 
 
 def test_photos_so_far(command, tmp_path):
@@ -144,15 +187,16 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(command, tmp_path):
     main(command(rounds=1))
     checkpoint = torch.load(tmp_path / "out" / "checkpoints" / "last.ckpt", weights_only=True)
     names = set(checkpoint["state_dict"])
-    assert "perturbation" in names
-    assert all(name.startswith(("backbone.unet.", "backbone.text_encoder.", "perturbation")) for name in names)
+    assert names > OWN
+    assert all(name.startswith(("backbone.unet.", "backbone.text_encoder.")) for name in names - OWN)
     assert not any(state["state"] for state in checkpoint["optimizer_states"])
 
 
-def test_going_on_equals_not_stopping(command, tmp_path):
-    main(command(rounds=4, out="whole"))
-    main(command(rounds=2, out="parts"))
-    main(command("--ckpt_path=last", rounds=4, out="parts"))
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_going_on_equals_not_stopping(command, config, tmp_path):
+    main(command(config=config, rounds=3, out="whole"))
+    main(command(config=config, rounds=1, out="parts"))
+    main(command("--ckpt_path=last", config=config, rounds=3, out="parts"))
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
 
@@ -225,17 +269,73 @@ def test_killed_in_a_round_then_gone_on_is_bit_identical(command, tmp_path):
     assert files(tmp_path / "whole") == files(tmp_path / "killed")
 
 
-def test_two_ranks_hold_the_same_perturbation_and_weights(command, tmp_path):
-    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.callbacks+=tests.rank_hashes.RankHashes"]
-    process = start(command(*ranks))
+@pytest.mark.parametrize("name", ["aspl", "e-aspl", "advdm"])
+def test_two_ranks_hold_the_same_perturbation_and_weights(command, tmp_path, name):
+    strategy = "ddp_find_unused_parameters_true" if name == "e-aspl" else "ddp"
+    callback = "--trainer.callbacks+=tests.rank_hashes.RankHashes"
+    config = ROOT / "configs" / f"{name}.yaml"
+    process = start(command("--trainer.devices=2", f"--trainer.strategy={strategy}", callback, config=config))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     first, second = ((tmp_path / "out" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
     assert manifest(tmp_path / "out")["settings"]["ranks"] == 2
-    main(command(out="alone"))
+    main(command(config=config, out="alone"))
     cloaked = [files(tmp_path / out)["a.png"] for out in ("out", "alone")]
     assert cloaked[0] != cloaked[1]  # the second rank's gradient counts
+
+
+def test_an_ensemble_under_plain_ddp_is_refused(command, capsys):
+    arguments = command("--trainer.devices=2", "--trainer.strategy=ddp", config=ROOT / "configs" / "e-aspl.yaml")
+    process = start(arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "--trainer.strategy ddp_find_unused_parameters_true" in output
+    assert "Traceback" not in output
+
+
+def test_a_surrogate_is_trained_once_and_on_the_clean_photos(command, photos, tmp_path):
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(clean / "other.png")
+    run = command(f"--data.clean_photos={clean}", config=ROOT / "configs" / "fsmg.yaml")
+    main(run)
+    (surrogate,) = (tmp_path / "out" / "surrogates").iterdir()
+    assert list(json.loads((surrogate / "manifest.json").read_text())["photos"]) == ["other.png"]
+    weights = surrogate / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    before, first = weights.stat().st_mtime_ns, files(tmp_path / "out")
+    main(run)
+    assert weights.stat().st_mtime_ns == before
+    assert files(tmp_path / "out") == first
+    with pytest.raises(SystemExit, match=r"surrogates.* was made with other settings \(photos"):
+        main(command(config=ROOT / "configs" / "fsmg.yaml"))
+
+
+def test_the_fixed_surrogate_is_what_is_attacked(command, tmp_path):
+    main(command(config=ROOT / "configs" / "fsmg.yaml", out="trained"))
+    main(command(config=ROOT / "configs" / "advdm.yaml", out="untouched"))
+    assert files(tmp_path / "trained")["a.png"] != files(tmp_path / "untouched")["a.png"]
+    models = [manifest(tmp_path / out)["settings"]["model"] for out in ("trained", "untouched")]
+    assert models[0]["backbone_sha256"] != models[1]["backbone_sha256"]
+    assert [model["prompts"] for model in models] == [["a photo of sks person"], ["a photo of person"]]
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "message"),
+    [
+        ("outputs/nowhere.yaml", "no config file of a victim"),
+        ("", "no config file of a victim"),
+        ("configs/dreambooth-lora.yaml --model.training.steps 1 --model.training.prior.weight 0", "no whole model"),
+    ],
+)
+def test_surrogates_that_cannot_be_are_refused(command, capsys, surrogate, message):
+    arguments = command(f"--model.surrogate={surrogate}", config=ROOT / "configs" / "fsmg.yaml")
+    refused(arguments, message, capsys)
+
+
+def test_a_surrogate_is_not_trained_by_several_processes(command, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(command(config=ROOT / "configs" / "fsmg.yaml"), "run this command with one process first", capsys)
 
 
 def test_ctrl_c_writes_what_there_is(command, tmp_path):
