@@ -1,6 +1,7 @@
 """Photos in."""
 
+from datamodules.captioned import Captioned
 from datamodules.protection import Protection
 from datamodules.subject import Subject
 
-__all__ = ["Protection", "Subject"]
+__all__ = ["Captioned", "Protection", "Subject"]

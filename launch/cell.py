@@ -71,18 +71,19 @@ def run_cell(experiment: Experiment, cell: Cell, fit: Fit) -> None:
     ]
     control = cell.cloak.protection == BASE  # the first victim without its training: same faces, same flags
     config, *flags = shlex.split(experiment.victims[next(iter(experiment.victims)) if control else cell.victim])
-    victim = [f"--config={located(config)}", *common, *flags]
+    victim = [f"--config={located(config)}", *common]
     if control:
-        victim.append("--model.adaptation=Untrained")
+        flags.append("--model.adaptation=Untrained")
     else:
         published = given_folder(experiment, cell.cloak) or Path(person.photos)
         names = cloaked_names([path.name for path in find_photos(published)])
         for name, photo in zip(names, arriving(experiment, cell), strict=True):
             write_png(root / "photos" / name, photo)
-        fit(["fit", *victim, f"--data.photos={root / 'photos'}", "--checkpoint.every_n_train_steps=0"])
+        fit(["fit", *victim, f"--data.photos={root / 'photos'}", "--checkpoint.every_n_train_steps=0", *flags])
     generation = {key: value for key, value in vars(experiment.generation).items() if value is not None}
     asked = [f"--model.generation.{key}={json.dumps(value)}" for key, value in generation.items()]
-    fit(["test", *victim, f"--data.reference_photos={json.dumps(person.references)}", *asked])
+    # A victim's own flags come last: it may ask for other pictures than the others.
+    fit(["test", *victim, f"--data.reference_photos={json.dumps(person.references)}", *asked, *flags])
     if not experiment.keep_models:
         for folder in ("model", "lora", "textual_inversion", "checkpoints"):
             shutil.rmtree(root / folder, ignore_errors=True)

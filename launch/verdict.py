@@ -6,6 +6,7 @@ Run the same command again to go on after an interruption: what is finished is k
 from __future__ import annotations
 
 import gc
+import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -171,14 +172,25 @@ def general_notes(experiment: Experiment) -> list[str]:
 
 
 def quality(experiment: Experiment, cloak: Cloak) -> dict[str, float | None]:
-    """How much a protection changes a person's photos, on average; the largest difference is that of all."""
+    """How much a protection changes a person's photos, on average (the largest difference: of all), and its cost."""
     pair = originals(experiment, cloak.person), protected(experiment, cloak)
     return {
         "psnr": float(psnr(*pair).nanmean()),
         "ssim": float(ssim(*pair).mean()),
         "lpips": float(lpips(*pair).mean()) if lpips_available() else None,
         "largest_difference": int(largest_difference(*pair).max()),
+        **made_with(experiment, cloak),
     }
+
+
+def made_with(experiment: Experiment, cloak: Cloak) -> dict[str, float | None]:
+    """Seconds and passes that a cloak took; nothing for what no run of ours made."""
+    record = experiment.cloak_record(cloak)
+    if not record.is_file():
+        return {}
+    seconds = json.loads(record.read_text(encoding="utf-8"))["seconds"]
+    passes = json.loads((record.parent / "manifest.json").read_text(encoding="utf-8")).get("passes", {})
+    return {"seconds": seconds, **passes}
 
 
 def failure(folder: Path) -> Path:

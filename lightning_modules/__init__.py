@@ -5,5 +5,6 @@ from lightning_modules.atomic_checkpoint import AtomicCheckpointIO
 from lightning_modules.cloaking import Cloaking
 from lightning_modules.dreambooth import Victim
 from lightning_modules.fsmg import FSMG
+from lightning_modules.pretraining import Pretraining
 
-__all__ = ["ASPL", "FSMG", "AtomicCheckpointIO", "Cloaking", "Victim"]
+__all__ = ["ASPL", "FSMG", "AtomicCheckpointIO", "Cloaking", "Pretraining", "Victim"]

@@ -243,8 +243,18 @@ def test_qualities_and_notes_are_shown(tmp_path):
     quality = {"psnr": 36.21, "ssim": 0.951, "lpips": None, "largest_difference": 8}
     html, _, _ = report(tmp_path, notes=["LPIPS is left out"], qualities={("Ada", "aspl", 8.0): quality})
     assert "<td>36.2</td><td>0.951</td><td>\N{EN DASH}</td><td>8</td>" in html
+    assert "<td>8</td>" + "<td>\N{EN DASH}</td>" * 3 + "</tr>" in html  # nobody counted what it took
     assert "LPIPS is left out" in html
     assert "Only one person" in html
+
+
+def test_costs_are_means_over_people(tmp_path):
+    write_experiment(tmp_path, people=("Ada", "Bob"))
+    costs = [{"psnr": 30.0, "seconds": 100.0, "unet": 1000, "encoder": None}, {"psnr": 34.0, "seconds": 60.5}]
+    _, markdown, _ = report(
+        tmp_path, qualities={(p, "aspl", 8.0): c for p, c in zip(("Ada", "Bob"), costs, strict=True)}
+    )
+    assert "| aspl 8 | 32.0 | \N{EN DASH} | \N{EN DASH} | \N{EN DASH} | 80 | 1000 | \N{EN DASH} |" in markdown
 
 
 def test_a_cell_without_figures_names_the_fix(tmp_path):

@@ -263,6 +263,7 @@ class FakeFit:
         if "aspl.yaml" in command[1]:
             assert command[0] == "fit"
             shutil.copytree(self.value(command, "data.photos"), root / "cloaked", dirs_exist_ok=True)
+            (root / "manifest.json").write_text('{"passes": {"unet": 12, "encoder": 34}}')
         elif command[0] == "fit":
             assert sorted(Path(self.value(command, "data.photos")).iterdir())
             (root / "model").mkdir()
@@ -380,6 +381,15 @@ def test_the_control_is_the_first_victim_untrained(ask, fit, people):
         (people.parent / "e" / "cells" / "ann-base-0-s0-nothing-untrained-v0" / "cell.json").read_text()
     )
     assert settings["settings"]["victim"] == BASE
+
+
+def test_a_victim_may_ask_for_pictures_of_its_own(ask, fit, people):
+    """Who trains on another identifier asks for it."""
+    victim = """configs/dreambooth.yaml --model.generation.prompts '["a photo of t@t person"]'"""
+    ask(f"--victims={json.dumps({'full': victim})}")
+    for command in (c for c in fit.commands if c[0] == "test"):
+        last = max(i for i, word in enumerate(command) if word.startswith("--model.generation.prompts"))
+        assert command[last : last + 2] == ["--model.generation.prompts", '["a photo of t@t person"]']
 
 
 def test_failed_cells_are_named_and_tried_again(ask, fit, people, capsys):

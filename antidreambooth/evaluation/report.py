@@ -27,6 +27,17 @@ MAIN = ("acceptance", "joint_ism", "ism", "fdfr", "stability", "brisque")
 Qualities = Mapping[tuple[str, str, float], Mapping[str, float | int | None]]  # person, protection, budget -> figures
 
 
+COSTS = {  # of a cloak: heading and digits
+    "psnr": ("PSNR in dB", 1),
+    "ssim": ("SSIM", 3),
+    "lpips": ("LPIPS", 3),
+    "largest_difference": ("largest difference of 255", 0),
+    "seconds": ("seconds", 0),
+    "unet": ("U-Net passes", 0),
+    "encoder": ("encoder passes", 0),
+}
+
+
 class Picture(NamedTuple):
     """A generated picture on the page."""
 
@@ -63,7 +74,7 @@ def write_report(
         expected: Number of cells once all have finished.
         failed: Name of each cell that failed, with its error in one line.
         notes: What else the reader needs to know: measures left out and how to get them, costs.
-        qualities: Of each cloak psnr, ssim, lpips, largest_difference; None where undefined.
+        qualities: Of each cloak the values of ``COSTS``; None where undefined, absent where there is none.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
     """
@@ -80,6 +91,8 @@ def write_report(
         "minutes": float(np.median(seconds)) / 60 if seconds else 0.0,
         "notes": notes,
         "qualities": sorted((qualities or {}).items()),
+        "costs": COSTS,
+        "mean_costs": _mean_costs(qualities or {}),
         "groups": groups,
         "by_status": {s: [g for g in groups if not g.is_control and g.status is s] for s in Status},
         "victims": list(dict.fromkeys(group.setting.victim for group in groups)),
@@ -96,6 +109,18 @@ def write_report(
     for template, path in (("table.md.j2", folder / "table.md"), ("report.html.j2", page)):
         write_atomically(path, environment.get_template(template).render(facts).encode())
     return page
+
+
+def _mean_costs(qualities: Qualities) -> dict[tuple[str, float], dict[str, float]]:
+    """Protection and budget -> each cost on average over people."""
+    by_protection: dict[tuple[str, float], list[Mapping[str, float | int | None]]] = {}
+    for (_, protection, budget), costs in sorted(qualities.items()):
+        by_protection.setdefault((protection, budget), []).append(costs)
+    known = {
+        key: {name: [v for costs in found if (v := costs.get(name)) is not None] for name in COSTS}
+        for key, found in by_protection.items()
+    }
+    return {key: {name: sum(v) / len(v) for name, v in found.items() if v} for key, found in known.items()}
 
 
 def _table(groups: Iterable[Group]) -> str:

@@ -1,0 +1,40 @@
+"""Many small pictures with captions, to train a base model on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from antidreambooth.pictures import Pictures, read_pictures
+
+
+class Captioned(LightningDataModule):
+    """``pictures.npy`` (n side side 3, 8 bits) and ``captions.json`` (n strings such as "a photo of a person").
+
+    An epoch is the whole training. Every batch holds all pictures: the module takes its share of them.
+
+    Args:
+        folder: where both files lie.
+        steps: training steps; taken from the model on the command line.
+    """
+
+    def __init__(self, folder: str = "pictures", steps: int = 1000) -> None:
+        super().__init__()
+        self.folder, self.steps = folder, steps
+        self.pictures: Pictures | None = None
+
+    def setup(self, stage: str) -> None:
+        """Finds out before any model is loaded whether they can be used."""
+        self.pictures = self.pictures or read_pictures(Path(self.folder))
+
+    def train_dataloader(self) -> DataLoader[Pictures]:
+        """All pictures, once for each step."""
+        return DataLoader([self.pictures] * self.steps, batch_size=None)  # type: ignore[arg-type]
+
+    def record(self) -> dict[str, Any]:
+        """How many there are, and what is said of them."""
+        assert self.pictures is not None
+        return {"pictures": len(self.pictures), "captions": sorted(set(self.pictures.captions))}

@@ -1,0 +1,160 @@
+"""Another base model: a U-Net and a text encoder from scratch, around a given model's autoencoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from transformers import CLIPTextModel
+
+from antidreambooth.adaptations import Full
+from antidreambooth.backbone import Posterior
+from antidreambooth.objectives import Draw
+from antidreambooth.photos import to_float, write_atomically
+from antidreambooth.pictures import Pictures
+from antidreambooth.timesteps import Uniform
+from lightning_modules.backbone_module import BackboneModule
+
+ENCODED = 64  # pictures at a time
+GAMMA = 5.0  # of min-SNR weighting, as its paper recommends
+
+
+class Pretraining(BackboneModule):
+    """Trains a sibling of a base model: same autoencoder, tokenizer and noise schedule, other widths, other seed.
+
+    The loss is the denoising loss with min-SNR weights (arXiv:2303.09556, equation 8); what is saved are weights
+    averaged over the steps. Latents are computed once and kept as ``latents.safetensors`` in the run's folder.
+
+    Args:
+        backbone: the model that is taken apart: ``embedded``, a folder in diffusers layout, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        resolution: side of the pictures in pixels; what the backbone was made for when not given.
+        widths: of the U-Net's levels; the backbone's own when not given.
+        learning_rate: of AdamW; a cosine takes it to 0.
+        warmup_steps: in which it rises.
+        steps: optimizer steps.
+        batch_size: pictures in a step.
+        generic: share of captions that are replaced by the backbone's class prompt.
+        empty: share of captions that are left out, for guidance.
+        averaging: how much of the averaged weights stays in each step.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: str = "embedded",
+        revision: str | None = None,
+        variant: str | None = None,
+        resolution: int | None = None,
+        widths: list[int] | None = None,
+        learning_rate: float = 6e-4,
+        warmup_steps: int = 200,
+        steps: int = 6000,
+        batch_size: int = 64,
+        generic: float = 0.35,
+        empty: float = 0.1,
+        averaging: float = 0.9992,
+    ) -> None:
+        super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
+        self.save_hyperparameters(logger=False)
+        self.adaptation, self.steps = Full(), steps
+        self.latents: Posterior | None = None
+
+    def configure_model(self) -> None:
+        """Loads the backbone and gives it a new U-Net and text encoder."""
+        if hasattr(self, "backbone"):
+            return
+        super().configure_model()
+        config = dict(self.backbone.unet.config)
+        if self.hparams.widths:
+            config["block_out_channels"] = tuple(self.hparams.widths)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.backbone.unet = UNet2DConditionModel.from_config(config)
+            self.backbone.text_encoder = CLIPTextModel(self.backbone.text_encoder.config)
+        self.backbone.to(self.trainer.strategy.root_device)
+        self.adaptation.prepare(self.backbone, train_text_encoder=True)
+        parts = nn.ModuleList([self.backbone.unet, self.backbone.text_encoder])
+        self.averaged = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(self.hparams.averaging))
+        self.averaged.requires_grad_(False)
+        self.buffers_kept = tuple(f"averaged.{name}" for name in self.averaged.state_dict())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with a cosine."""
+        chosen = self.hparams
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = AdamW(trained, lr=chosen.learning_rate, betas=(0.9, 0.99))  # Lightning clips no fused one
+        schedule = get_scheduler(
+            "cosine", optimizer, num_warmup_steps=chosen.warmup_steps, num_training_steps=chosen.steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Trained parts in training mode; latents computed, or read."""
+        self.backbone.unet.train()
+        self.backbone.text_encoder.train()
+        self.latents = self._encoded(self.trainer.datamodule.pictures)
+
+    def training_step(self, batch: Pictures, batch_idx: int) -> Tensor:
+        """The weighted loss of some pictures; which, under what caption, follows from seed, rank and step."""
+        generator, chosen = self.turn_of(batch_idx).generator(self.device), self.hparams
+        size = (chosen.batch_size,)
+        rows = torch.randint(len(batch), size, generator=generator, device=self.device).cpu()
+        part = Posterior(*(values.to(self.device).float() for values in self.latents.rows(rows)))
+        kept = torch.rand(size, generator=generator, device=self.device).tolist()
+        usual, captions = self.backbone.defaults.class_prompt, [batch.captions[row] for row in rows.tolist()]
+        asked = [
+            "" if share < chosen.empty else usual if share < chosen.empty + chosen.generic else caption
+            for share, caption in zip(kept, captions, strict=True)
+        ]
+        draw = Draw.sample(self.backbone, part.mean.shape, Uniform(), generator)
+        latents = part.sample(draw.posterior_noise)
+        losses = self.backbone.denoising_loss(latents, draw.timesteps, draw.noise, self.backbone.embed(asked))
+        loss = (self._weights(draw.timesteps) * losses).mean()
+        self.log("pretraining/loss", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The average goes on, before anybody writes a checkpoint."""
+        super().optimizer_step(*args, **kwargs)
+        self.averaged.update_parameters(nn.ModuleList([self.backbone.unet, self.backbone.text_encoder]))
+
+    def on_train_end(self) -> None:
+        """The averaged weights are the result."""
+        unet, text_encoder = self.averaged.module
+        self.backbone.unet.load_state_dict(unet.state_dict())
+        self.backbone.text_encoder.load_state_dict(text_encoder.state_dict())
+        self.backbone.eval()
+
+    def _weights(self, timesteps: Tensor) -> Tensor:
+        """min(SNR, gamma) / SNR, for a model that predicts noise; / (SNR + 1) for one that predicts v."""
+        abar = self.backbone.alphas_cumprod[timesteps]
+        snr = abar / (1 - abar)
+        return snr.clamp(max=GAMMA) / (snr if self.backbone.scheduler.config.prediction_type == "epsilon" else snr + 1)
+
+    def _encoded(self, pictures: Pictures) -> Posterior:
+        """Latents of all pictures, in half precision and main memory."""
+        file = Path(self.trainer.default_root_dir) / "latents.safetensors"
+        made_of = {"backbone": self.fingerprint, "pictures": str(len(pictures))}
+        if file.is_file():
+            with safe_open(file, "pt") as kept:
+                if kept.metadata() == made_of:
+                    return Posterior(kept.get_tensor("mean"), kept.get_tensor("std"))
+        parts = [
+            self.backbone.encode_all(to_float(pictures.rows(start, start + ENCODED)).to(self.device), ENCODED)
+            for start in tqdm(range(0, len(pictures), ENCODED), desc="latents", disable=self.global_rank > 0)
+        ]
+        mean, std = (torch.cat([part[i].half().cpu() for part in parts]).contiguous() for i in (0, 1))
+        if self.global_rank == 0:
+            write_atomically(file, save({"mean": mean, "std": std}, made_of))
+        return Posterior(mean, std)
