@@ -172,6 +172,20 @@ def test_only_the_same_person_and_seed_are_compared(tmp_path):
     assert [(row["mean"], row["people"], row["over"]) for row in differences] == [("-0.5", "1", "images only")]
 
 
+@pytest.mark.parametrize(
+    ("noise", "level"), [(0.94, None), (0.06, "acceptance and joint ISM")], ids=["as good as none", "as good as aspl"]
+)
+def test_what_noise_does_as_well_is_named_by_measure(tmp_path, noise, level):
+    for person in ("Ada", "Ben", "Cleo"):
+        write_cell(tmp_path, person, "none", 0.94)
+        write_cell(tmp_path, person, "noise", noise, budget=8)
+        write_cell(tmp_path, person, "aspl", 0.06, budget=8)
+    _, markdown, _ = report(tmp_path)
+    aspl = next(line for line in markdown.splitlines() if line.startswith("| aspl 8"))
+    assert ("not shown to be better than noise" in aspl) == bool(level)
+    assert level is None or f"better than noise of the same budget in {level}" in aspl
+
+
 def test_noise_of_another_budget_is_no_control(tmp_path):
     write_cell(tmp_path, "Ada", "none", 1.0)
     write_cell(tmp_path, "Ada", "noise", 1.0, budget=4)

@@ -120,10 +120,11 @@ class Group:
 
     @property
     def _remarks(self) -> list[str]:
-        noise = self.against.get("noise", {}).get("acceptance")
-        if noise is None:
+        noise = self.against.get("noise", {})
+        if "acceptance" not in noise:
             return ["not compared with noise of the same budget"]
-        return [] if noise.below_zero else ["not shown to be better than noise of the same budget"]
+        level = [MEASURES[name].title for name in DECISIVE if name in noise and not noise[name].below_zero]
+        return [f"not shown to be better than noise of the same budget in {' and '.join(level)}"] if level else []
 
 
 def summarise(cells: Sequence[Cell], *, resamples: int = RESAMPLES, seed: int = 0) -> list[Group]:
