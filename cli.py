@@ -6,6 +6,7 @@ import errno
 import logging
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,10 @@ def checkpoint_folder(root: str | None) -> str:
     return str(Path(root or ".") / "checkpoints")
 
 
+@cache
 @rank_zero_only
 def show(line: str) -> None:
-    """Prints a line, once."""
+    """Prints a line, once, however many runs this one starts."""
     print(line, flush=True)
 
 

@@ -51,6 +51,8 @@ def make_cloak(experiment: Experiment, cloak: Cloak, fit: Fit) -> None:
         ]
     )
     checkpoint.unlink(missing_ok=True)
+    if not experiment.keep_models:
+        shutil.rmtree(root / "surrogates", ignore_errors=True)
     write_json(done, {"settings": settings, "seconds": time.monotonic() - started, "complete": True})
 
 
@@ -202,7 +204,7 @@ def finished(record: Path, settings: dict[str, Any]) -> bool:
     changed = differences(json.loads(record.read_text(encoding="utf-8"))["settings"], settings)
     if changed:
         raise InputError(
-            f"{record.parent} was made with other settings ({changed[0]}): give the experiment another --name, or "
-            f"delete that folder"
+            f"{record.parent} was made with other settings ({changed[0]}): delete that folder, or write to another one "
+            f"(a verdict's --name, a run's --trainer.default_root_dir)"
         )
     return True

@@ -104,7 +104,7 @@ class Experiment:
         backbone: base model of protections and victims.
         generation: which pictures each victim is asked for.
         launcher: where it runs.
-        keep_models: whether each victim's weights are kept.
+        keep_models: whether each victim's and fixed surrogate's weights are kept.
     """
 
     name: str = "mine"
