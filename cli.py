@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -17,12 +18,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import callbacks  # noqa: F401 (class names on the command line resolve to what is imported)
 import datamodules  # noqa: F401
-import lightning_modules  # noqa: F401
 from antidreambooth.errors import InputError
 from antidreambooth.loading import read_defaults
 from antidreambooth.precision import computes_in_bf16
 from launch.surrogates import train_surrogates
 from launch.verdict import verdict
+from lightning_modules import FSMG
 
 TRAINER = {
     "enable_model_summary": False,
@@ -66,14 +67,15 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also shows the terms of a model that has some, before anything else."""
         super().parse_arguments(parser, args)
-        backbone = self.config.get(f"{self.config.subcommand}.model.init_args.backbone")
-        if backbone is not None and (notice := read_defaults(backbone).notice):
-            show(notice)
+        arguments = self.config.get(f"{self.config.subcommand}.model.init_args") or Namespace()
+        for backbone in (arguments.get("backbone"), *(arguments.get("ensemble.backbones") or [])):
+            if backbone is not None and (notice := read_defaults(backbone).notice):
+                show(notice)
 
-    def before_instantiate_classes(self) -> None:
+    def before_fit(self) -> None:
         """A method may need models that other fits train."""
-        if self.config.subcommand == "fit":
-            train_surrogates(self.config.fit, main)
+        if isinstance(self.model, FSMG):
+            train_surrogates(self.model, self.config.fit, main)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: a checkpoint's settings are compared with the given ones, they never replace them."""

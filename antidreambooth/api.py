@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.optim import AdamW
 
-from antidreambooth.backbone import Backbone
+from antidreambooth.backbone import Backbone, Posterior
 from antidreambooth.class_images import Progress, class_images
 from antidreambooth.dreambooth import DreamBooth, trainable
 from antidreambooth.errors import InputError
@@ -55,7 +55,7 @@ def cloak(
         seed: the same one gives the same pixels.
         rounds: how many; the method's own number when not given.
         device: ``cpu``, ``cuda`` and so on; a GPU where there is one when not given.
-        progress: wraps the loop over rounds, such as ``tqdm.auto.tqdm``.
+        progress: wraps the loop over rounds (and one over class images), such as ``tqdm.auto.tqdm``.
 
     Returns:
         The cloaked photos, RGB, in the order of ``images``.
@@ -81,9 +81,12 @@ def cloak(
         log.warning(notice)
     # The perturbation is what is kept between rounds, as a training run keeps it: adding it rounds.
     perturbation = torch.zeros_like(originals)
-    with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda" or computes_in_bf16()):
+    classes = [_classes(model, side, attack.micro_batch, progress) if chosen.alternating else None for model in models]
+    with torch.autocast(where.type, torch.bfloat16, enabled=computes_in_bf16()):
         if chosen.alternating:
-            surrogates: list[Surrogate] = [_alternating(model, clean, side, attack.micro_batch) for model in models]
+            surrogates: list[Surrogate] = [
+                _alternating(model, clean, own, attack.micro_batch) for model, own in zip(models, classes, strict=True)
+            ]
         else:
             usual = DreamBooth().instance_prompt
             surrogates = [Fixed(m, m.defaults.class_prompt if chosen.untouched else usual) for m in models]
@@ -94,21 +97,26 @@ def cloak(
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in cloaked]
 
 
-def _alternating(backbone: Backbone, clean: Tensor, side: int, micro_batch: int) -> Alternating:
+def _classes(backbone: Backbone, side: int, micro_batch: int, progress: Progress) -> Posterior | None:
+    """Latents of the class images, in full precision; None without prior preservation."""
+    prior = DreamBooth().completed(backbone.defaults).prior
+    if not prior.weight:
+        return None
+    assert prior.class_prompt is not None
+    pictures = class_images(backbone, prior.class_prompt, prior.images, side, progress=progress)
+    return backbone.encode_all(to_float(pictures).to(backbone.alphas_cumprod.device), micro_batch)
+
+
+def _alternating(backbone: Backbone, clean: Tensor, classes: Posterior | None, micro_batch: int) -> Alternating:
     """A base model that learns a little in every round."""
     training = DreamBooth().completed(backbone.defaults)
-    classes = None
-    if training.prior.weight:
-        assert training.prior.class_prompt is not None
-        pictures = class_images(backbone, training.prior.class_prompt, training.prior.images, side)
-        classes = backbone.encode_all(to_float(pictures).to(clean.device), micro_batch)
     for part in trainable(backbone, training):
         part.requires_grad_(True)
     learned = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     assert training.learning_rate is not None
     optimizer = AdamW(learned, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
-    weights = Weights(learned, optimizer)
-    return Alternating(backbone, training, weights, backbone.encode_all(clean, micro_batch), classes, micro_batch)
+    latents = backbone.encode_all(clean, micro_batch)
+    return Alternating(backbone, training, Weights(learned, optimizer), latents, classes, micro_batch)
 
 
 def _pixels(images: Sequence[Image.Image], side: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,16 @@ class Pictures:
         """How many."""
         return len(self.captions)
 
+    @property
+    def side(self) -> int:
+        """Of each picture, in pixels."""
+        return int(self.pixels.shape[1])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all pixels; takes seconds for gigabytes."""
+        return hashlib.sha256(np.ascontiguousarray(self.pixels).data).hexdigest()
+
     def rows(self, start: int, end: int) -> UInt8[Tensor, "n 3 h w"]:
         """Some of them."""
         return torch.from_numpy(np.array(self.pixels[start:end])).permute(0, 3, 1, 2)
@@ -53,6 +65,7 @@ def read_pictures(folder: Path) -> Pictures:
     n, *shape = pixels.shape or (0,)
     if pixels.dtype != np.uint8 or len(shape) != 3 or shape[0] != shape[1] or shape[2] != 3:
         raise InputError(f"{array} holds {pixels.dtype} of shape {pixels.shape}, not uint8 of n side side 3")
-    if not n or not isinstance(captions, list) or len(captions) != n:
+    texts_only = isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)
+    if not n or not texts_only or len(captions) != n:
         raise InputError(f"{array} holds {n} pictures, {texts} does not hold as many captions")
     return Pictures(pixels, captions)

@@ -65,7 +65,9 @@ def noise_of(backbone: Backbone, resolution: int, indices: Iterable[int], seed: 
     side = resolution // backbone.downscale
     shape = (backbone.latent_channels, side, side)
     words = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] for index in indices]
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(word))) for word in words]
+    # The device is named: where a model is being built, a trainer makes another one the default.
+    generators = [torch.Generator("cpu").manual_seed(int(word)) for word in words]
+    noise = [torch.randn(shape, generator=generator, device="cpu") for generator in generators]
     return torch.stack(noise).to(backbone.alphas_cumprod.device)
 
 

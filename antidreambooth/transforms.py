@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import grid_sample
 
 
 class Transform(ABC):
@@ -50,8 +50,16 @@ class Crop(Transform):
 
     def __call__(self, images: Float[Tensor, "n 3 h w"], drawn: Float[Tensor, "n numbers"]) -> Float[Tensor, "n 3 h w"]:
         """The squares."""
-        side = self.smallest + (1 - self.smallest) * drawn[:, 0]
-        centre = (1 - side)[:, None] * (2 * drawn[:, 1:] - 1)
-        scale = side[:, None, None] * torch.eye(2, device=images.device)
-        where = affine_grid(torch.cat([scale, centre[:, :, None]], dim=2), list(images.shape), align_corners=False)
+        side = self.smallest + (1 - self.smallest) * drawn[:, :1]
+        x, y = (
+            (1 - side) * (2 * place[:, None] - 1) + side * _middles(size, images)
+            for place, size in zip(drawn[:, 1:].T, (images.shape[3], images.shape[2]), strict=True)
+        )
+        size = (len(images), *images.shape[2:])
+        where = torch.stack([x[:, None, :].expand(size), y[:, :, None].expand(size)], dim=3)
         return grid_sample(images, where.to(images), padding_mode="border", align_corners=False)
+
+
+def _middles(count: int, like: Tensor) -> Float[Tensor, " count"]:
+    """Middles of pixels along a side, from -1 to 1; affine_grid's matrix product would round them under autocast."""
+    return (2 * torch.arange(count, device=like.device) + 1) / count - 1

@@ -8,6 +8,7 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from antidreambooth.errors import InputError
 from antidreambooth.pictures import Pictures, read_pictures
 
 
@@ -18,23 +19,28 @@ class Captioned(LightningDataModule):
 
     Args:
         folder: where both files lie.
+        resolution: side of the pictures in pixels; taken from the model on the command line.
         steps: training steps; taken from the model on the command line.
     """
 
-    def __init__(self, folder: str = "pictures", steps: int = 1000) -> None:
+    def __init__(self, folder: str = "pictures", resolution: int = 512, steps: int = 1000) -> None:
         super().__init__()
-        self.folder, self.steps = folder, steps
+        self.folder, self.resolution, self.steps = folder, resolution, steps
         self.pictures: Pictures | None = None
 
     def setup(self, stage: str) -> None:
         """Finds out before any model is loaded whether they can be used."""
         self.pictures = self.pictures or read_pictures(Path(self.folder))
+        if self.pictures.side != self.resolution:
+            raise InputError(
+                f"the pictures of {self.folder} are {self.pictures.side} pixels wide, the model wants {self.resolution}"
+            )
 
     def train_dataloader(self) -> DataLoader[Pictures]:
         """All pictures, once for each step."""
         return DataLoader([self.pictures] * self.steps, batch_size=None)  # type: ignore[arg-type]
 
     def record(self) -> dict[str, Any]:
-        """How many there are, and what is said of them."""
+        """Which they are, and what is said of them."""
         assert self.pictures is not None
-        return {"pictures": len(self.pictures), "captions": sorted(set(self.pictures.captions))}
+        return {"pictures": self.pictures.sha256, "captions": sorted(set(self.pictures.captions))}

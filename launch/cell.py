@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -51,9 +52,19 @@ def make_cloak(experiment: Experiment, cloak: Cloak, fit: Fit) -> None:
         ]
     )
     checkpoint.unlink(missing_ok=True)
+    made = {"seconds": time.monotonic() - started, "passes": passes_of(root)}
     if not experiment.keep_models:
         shutil.rmtree(root / "surrogates", ignore_errors=True)
-    write_json(done, {"settings": settings, "seconds": time.monotonic() - started, "complete": True})
+    write_json(done, {"settings": settings, **made, "complete": True})
+
+
+def passes_of(root: Path) -> dict[str, int]:
+    """Images that a cloaking run sent through networks, with those that trained its surrogates."""
+    parts = [root / "manifest.json", *root.glob("surrogates/*/surrogate.json")]
+    counts = Counter[str]()
+    for part in parts:
+        counts.update(json.loads(part.read_text(encoding="utf-8"))["passes"])
+    return dict(counts)
 
 
 def run_cell(experiment: Experiment, cell: Cell, fit: Fit) -> None:

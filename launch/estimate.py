@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 
+from antidreambooth.defaults import Defaults
 from antidreambooth.loading import load_backbone, read_defaults, resolution_of
+from antidreambooth.methods import METHODS
 from antidreambooth.precision import computes_in_bf16
-from launch.experiment import BASE, Experiment
+from launch.experiment import BASE, Experiment, is_config
 
 BATCH = 4
-ROUNDS, STEPS, PGD = 50, 6, 6  # of a cloak as published: rounds, surrogate and PGD steps in a round
 PHOTOS = 4  # a person has, typically
+MODELS = 3  # of an ensemble, typically
 ENCODER = 2.0  # a PGD step through encoder and U-Net, in passes through the U-Net
 FORWARD = 1 / 3  # of a pass forward and back
 OVERHEAD = 8.0  # seconds a cell: loading, writing, finding and measuring faces
@@ -32,9 +35,21 @@ def estimate(experiment: Experiment, workers: int, cloaks: int, cells: int) -> f
     pictures = len(asked.prompts) * asked.images * sampling * 2 * FORWARD  # two for guidance
     recipes = [defaults.recipe("lora" if "lora" in how else "full") for how in experiment.victims.values()]
     victim = sum(recipe.steps * recipe.batch_size for recipe in recipes) / len(recipes)
-    cloak = ROUNDS * (STEPS * defaults.surrogate.batch_size + PGD * PHOTOS * ENCODER)
+    made = [_cloak_passes(how, defaults) for how in experiment.protections.values() if is_config(how.split()[0])]
+    cloak = sum(made) / max(1, len(made))
     seconds = passed * (cloaks * cloak + cells * (victim + pictures)) + cells * OVERHEAD
     return seconds / max(1, min(workers, cloaks + cells))
+
+
+def _cloak_passes(how: str, defaults: Defaults) -> float:
+    """Images through the U-Net for one person's cloak by the method that a config is named after; ASPL otherwise."""
+    method = METHODS.get(Path(how.split()[0]).stem, METHODS["aspl"])
+    attack = method.rounds * method.pgd_steps * PHOTOS * ENCODER
+    if method.alternating:
+        learning = method.rounds * 2 * defaults.surrogate.steps * defaults.surrogate.batch_size
+    else:
+        learning = 0 if method.untouched else defaults.full.steps * defaults.full.batch_size
+    return (MODELS if method.several else 1) * (attack + learning)
 
 
 def _seconds_a_pass(name: str, device: torch.device) -> float:
@@ -48,7 +63,7 @@ def _seconds_a_pass(name: str, device: torch.device) -> float:
     times = []
     for _ in range(3):  # the first one warms up
         started = time.monotonic()
-        with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16() or device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16()):
             loss = backbone.denoising_loss(latents, timesteps, torch.ones_like(latents), embeddings).sum()
         loss.backward()
         if device.type == "cuda":

@@ -185,12 +185,11 @@ def quality(experiment: Experiment, cloak: Cloak) -> dict[str, float | None]:
 
 def made_with(experiment: Experiment, cloak: Cloak) -> dict[str, float | None]:
     """Seconds and passes that a cloak took; nothing for what no run of ours made."""
-    record = experiment.cloak_record(cloak)
-    if not record.is_file():
+    file = experiment.cloak_record(cloak)
+    if not file.is_file():
         return {}
-    seconds = json.loads(record.read_text(encoding="utf-8"))["seconds"]
-    passes = json.loads((record.parent / "manifest.json").read_text(encoding="utf-8")).get("passes", {})
-    return {"seconds": seconds, **passes}
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return {"seconds": record["seconds"], **record.get("passes", {})}
 
 
 def failure(folder: Path) -> Path:

@@ -42,6 +42,9 @@ class ASPL(Cloaking):
                 "only one base model of an ensemble learns at a time: use "
                 "--trainer.strategy ddp_find_unused_parameters_true"
             )
+        if self.hparams.ensemble.offload and self.trainer.world_size > 1:
+            # A parameter that moves loses the hook by which DDP averages its gradient.
+            raise InputError("several processes keep all models on their devices: leave out --model.ensemble.offload")
 
     def configure_model(self) -> None:
         """Makes the base models surrogates and samples class images while they are untouched."""

@@ -114,7 +114,8 @@ class BackboneModule(LightningModule):
         pictures = class_images(
             backbone, prior.class_prompt, prior.images, self.resolution, progress=self._progress("class images")
         )
-        return backbone.encode_all(to_float(pictures).to(self.device), micro_batch)
+        # Not self.device: Lightning moves the module only after configure_model.
+        return backbone.encode_all(to_float(pictures).to(backbone.alphas_cumprod.device), micro_batch)
 
     def _progress(self, what: str) -> Any:
         def bar(batches: Iterable[int]) -> Iterable[int]:

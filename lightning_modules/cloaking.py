@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from antidreambooth.backbone import Backbone
+from antidreambooth.loading import locate
 from antidreambooth.objectives import Denoising, Objective
 from antidreambooth.passes import counted
 from antidreambooth.perturbation import PGD, STEP
@@ -24,7 +25,8 @@ class Ensemble:
 
     Args:
         backbones: ``embedded``, folders in diffusers layout, or hub ids.
-        offload: whether only the one at work is on the device, and the others rest in main memory.
+        offload: whether from the first round on only the one at work is on the device, and the others rest in main
+            memory; for a single process.
     """
 
     backbones: list[str] = field(default_factory=list)
@@ -69,6 +71,8 @@ class Cloaking(BackboneModule):
         ensemble: Ensemble = Ensemble(),
     ) -> None:
         super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
+        for name in ensemble.backbones:
+            locate(name)  # a wrong one is found before the others are loaded, or trained on
         self.save_hyperparameters(logger=False)  # a subclass's own, too
         self.automatic_optimization = False
         self.attack = PGD(budget, step_size, pgd_steps, micro_batch, objective or Denoising(), self._average)

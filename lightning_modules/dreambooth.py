@@ -105,7 +105,7 @@ class Victim(BackboneModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # a LoRA starts from random numbers
             self.adaptation.prepare(self.backbone, bool(training.train_text_encoder))
-        self.backbone.to(self.device)
+        self.backbone.to(self.trainer.strategy.root_device)
         if training.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
 

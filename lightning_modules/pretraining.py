@@ -18,6 +18,7 @@ from transformers import CLIPTextModel
 
 from antidreambooth.adaptations import Full
 from antidreambooth.backbone import Posterior
+from antidreambooth.errors import InputError
 from antidreambooth.objectives import Draw
 from antidreambooth.photos import to_float, write_atomically
 from antidreambooth.pictures import Pictures
@@ -80,7 +81,10 @@ class Pretraining(BackboneModule):
             config["block_out_channels"] = tuple(self.hparams.widths)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.backbone.unet = UNet2DConditionModel.from_config(config)
+            try:
+                self.backbone.unet = UNet2DConditionModel.from_config(config)
+            except ValueError as error:
+                raise InputError(f"--model.widths {self.hparams.widths} make no U-Net: {error}") from error
             self.backbone.text_encoder = CLIPTextModel(self.backbone.text_encoder.config)
         self.backbone.to(self.trainer.strategy.root_device)
         self.adaptation.prepare(self.backbone, train_text_encoder=True)
@@ -145,7 +149,7 @@ class Pretraining(BackboneModule):
     def _encoded(self, pictures: Pictures) -> Posterior:
         """Latents of all pictures, in half precision and main memory."""
         file = Path(self.trainer.default_root_dir) / "latents.safetensors"
-        made_of = {"backbone": self.fingerprint, "pictures": str(len(pictures))}
+        made_of = {"backbone": self.fingerprint, "pictures": pictures.sha256}
         if file.is_file():
             with safe_open(file, "pt") as kept:
                 if kept.metadata() == made_of:

@@ -351,6 +351,13 @@ def test_every_whole_word_is_replaced_and_nothing_else(words, token):
     assert Full().prompt(" ".join(words)) == LoRA().prompt(" ".join(words)) == " ".join(words)
 
 
+def test_the_noise_is_drawn_on_the_cpu_whatever_the_default_device(backbone):
+    """Where a model is built for a GPU, that GPU is the default: class images are sampled there."""
+    wanted = noise_of(backbone, 16, [5], seed=1)
+    with torch.device("meta"):
+        assert torch.equal(noise_of(backbone, 16, [5], seed=1), wanted)
+
+
 def test_noise_depends_on_each_index_only(backbone):
     alone, together = noise_of(backbone, 16, [5], seed=1), noise_of(backbone, 16, [2, 5, 9], seed=1)
     assert torch.equal(alone[0], together[1])

@@ -133,10 +133,15 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
     assert record["passes"]["unet"] == 25 * models * steps
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_a_notebook_gets_the_same_pixels(command, config, small_model, small_v_model, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda: False)  # as the command's precision
-    main(command(config=config, rounds=2))
+def test_a_notebook_gets_the_same_pixels(
+    command, config, bf16, small_model, small_v_model, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda: bf16)  # as the command's precision
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # class images are drawn by both
+    main(command(f"--trainer.precision={'bf16-mixed' if bf16 else '32-true'}", config=config, rounds=2))
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     method, backbones = METHODS[config.stem], [str(small_model), str(small_v_model)][: 1 + METHODS[config.stem].several]
     if not (method.alternating or method.untouched):
         backbones = [str(tmp_path / "out" / "surrogates" / slug(name) / "model") for name in backbones]
@@ -331,6 +336,57 @@ def test_the_fixed_surrogate_is_what_is_attacked(command, tmp_path):
 def test_surrogates_that_cannot_be_are_refused(command, capsys, surrogate, message):
     arguments = command(f"--model.surrogate={surrogate}", config=ROOT / "configs" / "fsmg.yaml")
     refused(arguments, message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model.budget=0", "the budget is in 8-bit steps"),
+        ("--model.ensemble.backbones=[outputs/nowhere/model]", "'outputs/nowhere/model' is no folder here"),
+        ("--model.objective={class_path: Targeted, init_args: {target: nowhere}}", "'nowhere' is no picture"),
+    ],
+)
+def test_nothing_is_trained_before_the_settings_are_known_to_be_right(command, tmp_path, capsys, flag, message):
+    refused(command(flag, config=ROOT / "configs" / "fsmg.yaml"), message, capsys)
+    assert not (tmp_path / "out" / "surrogates").exists()
+
+
+def test_a_surrogates_own_flags_stay_its_own(command, tmp_path):
+    """Its seed is not the attack's, and its prompt is what the attack expects."""
+    own = f"{SURROGATE} --seed_everything 5 --model.training.instance_prompt 'a photo of t@t person'"
+    arguments = command(f"--model.surrogate={own}", config=ROOT / "configs" / "fsmg.yaml")
+    main(arguments)
+    first, record = files(tmp_path / "out"), manifest(tmp_path / "out")
+    assert record["seed"] == 0
+    assert record["settings"]["model"]["prompts"] == ["a photo of t@t person"]
+    (surrogate,) = (tmp_path / "out" / "surrogates").iterdir()
+    assert json.loads((surrogate / "manifest.json").read_text())["seed"] == 5
+    assert json.loads((surrogate / "surrogate.json").read_text())["passes"] == {"unet": 2 * 2 * 2}
+    main(arguments)
+    assert files(tmp_path / "out") == first
+
+
+def test_another_precision_or_resolution_wants_another_surrogate(command, tmp_path):
+    main(command(config=ROOT / "configs" / "fsmg.yaml", rounds=1))
+    for flag in ("--trainer.precision=bf16-mixed", "--model.resolution=32"):
+        with pytest.raises(SystemExit, match=r"surrogates.* was made with other settings"):
+            main(command(flag, config=ROOT / "configs" / "fsmg.yaml", rounds=1))
+
+
+def test_offloading_is_for_one_process(command, capsys):
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
+    arguments = command(*ranks, "--model.ensemble.offload=true", config=ROOT / "configs" / "e-aspl.yaml")
+    process = start(arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "leave out --model.ensemble.offload" in output
+
+
+def test_offloading_changes_nothing(command, tmp_path):
+    config = ROOT / "configs" / "e-aspl.yaml"
+    main(command(config=config, out="together"))
+    main(command("--model.ensemble.offload=true", config=config, out="apart"))
+    assert files(tmp_path / "together")["a.png"] == files(tmp_path / "apart")["a.png"]
 
 
 def test_a_surrogate_is_not_trained_by_several_processes(command, capsys, monkeypatch):

@@ -130,6 +130,15 @@ def test_a_crop_is_a_part_of_the_picture_at_its_size():
     torch.testing.assert_close(Crop(1.0)(ramp, drawn), ramp)
 
 
+def test_a_crop_is_as_exact_under_autocast():
+    ramp = torch.linspace(-1, 1, 512).expand(2, 3, 512, 512)
+    crop = Crop(0.5)
+    drawn = crop.draw(2, generator())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = crop(ramp, drawn)
+    assert torch.equal(low, crop(ramp, drawn))
+
+
 def test_transforms_are_drawn_anew_in_every_step(backbone):
     objective = Transformed([Flip(), Crop()])
     source, images = generator(), to_float(random_images(3))

@@ -110,14 +110,13 @@ def test_step_size_defaults_to_a_tenth_of_the_budget(backbone):
 
 def test_the_gradient_is_averaged_over_processes(backbone):
     seen = []
-    attack = PGD(steps=2, reduce=lambda g: seen.append(g) or -g)
+    attack = PGD(steps=1, reduce=lambda g: seen.append(g) or -g)
     originals = to_float(random_images(1)) * 0.5
     down, _ = attack(Fixed(backbone, PROMPT), originals, originals, torch.Generator().manual_seed(0))
     up, _ = PGD(steps=1)(Fixed(backbone, PROMPT), originals, originals, torch.Generator().manual_seed(0))
-    assert len(seen) == 2
-    first = originals - 0.8 * STEP * seen[0].sign()
-    assert torch.equal(2 * originals - up, first) or torch.allclose(2 * originals - up, first, atol=1e-6)
-    assert not torch.equal(down, up)
+    (gradient,) = seen
+    torch.testing.assert_close(up, originals + 0.8 * STEP * gradient.sign())
+    torch.testing.assert_close(down, originals - 0.8 * STEP * gradient.sign())  # what `reduce` gives back is climbed
 
 
 @pytest.mark.parametrize(

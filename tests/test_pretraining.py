@@ -107,10 +107,18 @@ def test_weights_are_min_snr_as_diffusers_training_writes_it(small_model, small_
 def test_latents_of_other_pictures_are_not_used(fit, pictures, tmp_path):
     main(fit(steps=1))
     before = (tmp_path / "out" / "latents.safetensors").read_bytes()
-    np.save(pictures / "pictures.npy", np.zeros((6, 16, 16, 3), np.uint8))
-    (pictures / "captions.json").write_text(json.dumps(["a photo of a man"] * 6))
+    np.save(pictures / "pictures.npy", np.zeros((20, 16, 16, 3), np.uint8))
     main(fit(steps=1))
     assert (tmp_path / "out" / "latents.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--model.resolution=32", "are 16 pixels wide, the model wants 32"), ("--model.widths=[16]", "make no U-Net")],
+)
+def test_what_does_not_fit_is_refused(fit, flag, message):
+    with pytest.raises(SystemExit, match=message):
+        main(fit(flag))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +130,7 @@ def test_latents_of_other_pictures_are_not_used(fit, pictures, tmp_path):
         (np.zeros((1, 4, 6, 3), np.uint8), ["a"], r"shape \(1, 4, 6, 3\)"),
         (np.zeros((2, 4, 4, 3), np.uint8), ["a"], "holds 2 pictures"),
         (np.zeros((0, 4, 4, 3), np.uint8), [], "holds 0 pictures"),
+        (np.zeros((1, 4, 4, 3), np.uint8), [5], "does not hold as many captions"),
         (np.array([{"a": 1}]), ["a"], "cannot be read"),  # a pickle
     ],
 )
