@@ -154,10 +154,12 @@ class Pretraining(BackboneModule):
             with safe_open(file, "pt") as kept:
                 if kept.metadata() == made_of:
                     return Posterior(kept.get_tensor("mean"), kept.get_tensor("std"))
-        parts = [
-            self.backbone.encode_all(to_float(pictures.rows(start, start + ENCODED)).to(self.device), ENCODED)
-            for start in tqdm(range(0, len(pictures), ENCODED), desc="latents", disable=self.global_rank > 0)
-        ]
+        starts = tqdm(range(0, len(pictures), ENCODED), desc="latents", disable=self.global_rank > 0)
+        with self.trainer.precision_plugin.forward_context():
+            parts = [
+                self.backbone.encode_all(to_float(pictures.rows(start, start + ENCODED)).to(self.device), ENCODED)
+                for start in starts
+            ]
         mean, std = (torch.cat([part[i].half().cpu() for part in parts]).contiguous() for i in (0, 1))
         if self.global_rank == 0:
             write_atomically(file, save({"mean": mean, "std": std}, made_of))
