@@ -65,7 +65,7 @@ class Objective(ABC):
 
 
 class Denoising(Objective):
-    """The model's own loss L(x; w, c) (arXiv:2303.15433, equation 5): what DreamBooth makes smaller.
+    """The model's own loss L(x; w, c) (arXiv:2303.15433, Section 4): what DreamBooth makes smaller.
 
     For v-prediction the gradient also flows through the latents inside the target, as published.
 
