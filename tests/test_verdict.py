@@ -190,10 +190,12 @@ def test_every_verdict_config_parses(config, tmp_path):
     experiment = read_experiment(options)
     assert experiment.name == config.stem
     assert list(experiment.everyone()) == names
-    variants = len(experiment.protections) * len(experiment.victims) * len(experiment.conditions)
+    made = sum(how.split()[0].endswith(".yaml") for how in experiment.protections.values()) * len(experiment.budgets)
+    protections = 1 + len(experiment.budgets) + made  # none whatever the budget, noise, and what is made
+    variants = protections * len(experiment.victims) * len(experiment.conditions)
     assert len(experiment.cells()) == len(names) * (1 + variants * len(experiment.victim_seeds))
-    assert len(experiment.cloaks()) == len(names)
-    assert left(experiment) == (len(names), len(experiment.cells()) - len(names))
+    assert len(experiment.cloaks()) == len(names) * made
+    assert left(experiment) == (len(names) * made, len(experiment.cells()) - len(names))
     photos = random_images(2)
     scene = Scene(lambda: pytest.fail("no base model is needed"), photos)
     for conditions in experiment.conditions.values():
