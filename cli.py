@@ -21,6 +21,7 @@ import datamodules  # noqa: F401
 from antidreambooth.errors import InputError
 from antidreambooth.loading import read_defaults
 from antidreambooth.precision import computes_in_bf16
+from launch.people import people
 from launch.surrogates import train_surrogates
 from launch.verdict import verdict
 from lightning_modules import FSMG
@@ -39,8 +40,9 @@ TRAINER = {
 CHECKPOINT = {"filename": "last", "every_n_epochs": 10, "enable_version_counter": False}
 HELP = (
     "Cloaks photos and trains on cloaked photos: `fit -c configs/aspl.yaml`, `fit -c configs/dreambooth.yaml`, then "
-    "`test` with the same config. Many victims on many people, compared: `verdict --help`."
+    "`test` with the same config. Photos of many people: `people --help`. Many victims, compared: `verdict --help`."
 )
+COMMANDS = {"people": people, "verdict": verdict}  # which start runs; all others are one run
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 EXPECTED = (  # warnings about what is meant to be so
     ".*in eval mode at the start of training.*",
@@ -102,8 +104,8 @@ def main(args: ArgsType = None) -> None:
     """Runs a command; an error that is the user's to mend ends it with one line."""
     words = sys.argv[1:] if args is None else args
     try:
-        if isinstance(words, list) and words[:1] == ["verdict"]:
-            verdict(words[1:], main)
+        if isinstance(words, list) and words and words[0] in COMMANDS:
+            COMMANDS[words[0]](words[1:], main)
         else:
             one_run(args)
     except Exception as error:

@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from antidreambooth.backbone import Backbone
-from antidreambooth.defaults import Role
+from antidreambooth.defaults import Defaults, Role, given
+from antidreambooth.dreambooth import DreamBooth
 from antidreambooth.errors import InputError
 from antidreambooth.loading import load_backbone, quiet
 
@@ -50,6 +52,26 @@ class Adaptation(ABC):
     def prompt(self, text: str) -> str:
         """The prompt as the trained model knows it."""
         return text
+
+    def apply(self, backbone: Backbone, training: DreamBooth, seed: int) -> None:
+        """Makes an untouched backbone ready to learn, on the device where it is."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # a LoRA starts from random numbers
+            self.prepare(backbone, bool(training.train_text_encoder))
+        backbone.to(backbone.alphas_cumprod.device)
+        if training.gradient_checkpointing:
+            backbone.enable_gradient_checkpointing()
+
+    def surrogate(self, training: DreamBooth, defaults: Defaults) -> DreamBooth:
+        """Settings of a surrogate that learns in this way: phases as usual, the learning rate of what is trained."""
+        if self.role != "full":
+            recipe = defaults.recipe(self.role)
+            training = replace(
+                training,
+                learning_rate=given(training.learning_rate, recipe.learning_rate),
+                train_text_encoder=given(training.train_text_encoder, recipe.train_text_encoder),
+            )
+        return replace(training.completed(defaults), instance_prompt=self.prompt(training.instance_prompt))
 
 
 class Full(Adaptation):

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.optim import AdamW
 
+from antidreambooth.adaptations import Full
 from antidreambooth.backbone import Backbone, Posterior
 from antidreambooth.class_images import Progress, class_images
-from antidreambooth.dreambooth import DreamBooth, trainable
+from antidreambooth.dreambooth import DreamBooth
 from antidreambooth.errors import InputError
 from antidreambooth.loading import load_backbone, resolution_of
 from antidreambooth.methods import METHODS
@@ -109,11 +110,11 @@ def _classes(backbone: Backbone, side: int, micro_batch: int, progress: Progress
 
 def _alternating(backbone: Backbone, clean: Tensor, classes: Posterior | None, micro_batch: int) -> Alternating:
     """A base model that learns a little in every round."""
-    training = DreamBooth().completed(backbone.defaults)
-    for part in trainable(backbone, training):
-        part.requires_grad_(True)
-    learned = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    adaptation = Full()
+    training = adaptation.surrogate(DreamBooth(), backbone.defaults)
+    adaptation.apply(backbone, training, seed=0)
     assert training.learning_rate is not None
+    learned = backbone.learned()
     optimizer = AdamW(learned, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     latents = backbone.encode_all(clean, micro_batch)
     return Alternating(backbone, training, Weights(learned, optimizer), latents, classes, micro_batch)

@@ -164,6 +164,10 @@ class Backbone(nn.Module):
         abar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return abar.sqrt(), (1 - abar).sqrt()
 
+    def learned(self) -> list[nn.Parameter]:
+        """The weights that learn; none of an untouched model's do."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes activations of the U-Net and the VAE in the backward pass (the text encoder's are small)."""
         self.unet.enable_gradient_checkpointing()

@@ -121,6 +121,7 @@ class Alternating:
         batches = turn.batches(steps, size, len(instances.mean))
         classes = turn.batches(steps, size, len(self.classes.mean)) if self.classes else batches
         total = torch.zeros((), device=instances.mean.device)
+        self.weights.forget()  # whoever writes a checkpoint may have filled in moments
         with training_mode(self.backbone, self.training):
             for batch, class_batch in zip(batches, classes, strict=True):
                 others = self.classes.rows(class_batch) if self.classes else None

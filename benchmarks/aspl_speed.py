@@ -25,17 +25,16 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from antidreambooth.adaptations import Full
 from antidreambooth.backbone import Backbone
 from antidreambooth.defaults import given
-from antidreambooth.dreambooth import DreamBooth, trainable
-from antidreambooth.loading import EMBEDDED, load_backbone
+from antidreambooth.dreambooth import DreamBooth
+from antidreambooth.loading import load_backbone
 from antidreambooth.perturbation import PGD, STEP
 from antidreambooth.photos import load_photos, to_float
 from antidreambooth.precision import computes_in_bf16
@@ -43,6 +42,7 @@ from antidreambooth.rounds import Outcome, alternate
 from antidreambooth.surrogates import Alternating
 from antidreambooth.turns import Turn
 from antidreambooth.weights import Weights
+from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, build
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 SIDES = ("plain", "ours-fp32", "ours-best")
@@ -67,7 +67,7 @@ class Task:
     def load(cls, args: argparse.Namespace) -> Task:
         """The model, the example photos at its size, random class images of that size."""
         torch.manual_seed(0)
-        backbone = load_backbone(args.backbone) if args.size == "embedded" else stable_diffusion_15(args.device)
+        backbone = load_backbone(args.backbone) if args.size == "embedded" else build(STABLE_DIFFUSION_15, args.device)
         backbone.to(args.device)
         training = DreamBooth().completed(backbone.defaults)
         resolution = backbone.unet.config.sample_size * backbone.downscale
@@ -164,10 +164,9 @@ class Ours:
         if best and args.compile:
             backbone.unet.compile()
             backbone.vae.encoder.compile()
-        for part in trainable(backbone, settings):
-            part.requires_grad_(True)
-        parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-        optimizer = AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        Full().apply(backbone, settings, seed=0)
+        parameters = backbone.learned()
+        optimizer = AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
         with self.autocast():  # once a run
             clean = backbone.encode_all(task.photos, args.micro_batch)
             classes = None if task.classes is None else backbone.encode_all(task.classes, args.micro_batch)
@@ -182,24 +181,6 @@ class Ours:
         """One alternation."""
         with self.autocast():
             return alternate([self.surrogate], self.task.photos, cloaked, self.task.attack, turn)
-
-
-def stable_diffusion_15(device: str) -> Backbone:
-    """Stable Diffusion 1.5's architecture with random weights, which cost what trained ones cost."""
-    with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the rest are diffusers' defaults
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            sample_size=512,
-        )
-        shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-        text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **shape))
-    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", model_max_length=77)
-    scheduler = DDPMScheduler.from_pretrained(EMBEDDED / "scheduler")  # has Stable Diffusion's schedule
-    return Backbone(unet, vae, text_encoder, tokenizer, scheduler)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

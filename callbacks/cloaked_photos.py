@@ -88,7 +88,7 @@ class CloakedPhotos(Callback):
             },
             "versions": versions(),
             "seed": record["seed"],
-            "rounds": trainer.current_epoch,
+            "rounds": max(trainer.current_epoch, pl_module.rounds),
             "passes": dict(zip(("unet", "encoder"), pl_module.passes.tolist(), strict=True)),
             "photos": entries,
             "complete": complete,

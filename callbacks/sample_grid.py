@@ -53,12 +53,14 @@ class SampleGrid(Callback):
             self._grid(trainer, pl_module, "step", batch_idx + 1)
 
     def _grid(self, trainer: Trainer, pl_module: LightningModule, unit: str, number: int) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero and not pl_module.together:
             return
         backbone = pl_module.backbone.to(pl_module.device)  # an ensemble may have put it aside
         noise = noise_of(backbone, pl_module.resolution, range(self.count), seed=0)
         prompts = [pl_module.prompt(prompt) for prompt in self.prompts]
         with trainer.precision_plugin.forward_context():
             rows = [sample(backbone, p, noise, self.guidance_scale, self.sampling_steps) for p in prompts]
+        if not trainer.is_global_zero:
+            return
         path = Path(trainer.default_root_dir) / "samples" / f"{unit}-{number:03d}.png"
         show(trainer, "samples", torch.cat(rows).cpu(), self.count, number, path)

@@ -28,9 +28,10 @@ class TrainedModel(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The result."""
+        backbone = pl_module.trained()
         if not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
-        pl_module.adaptation.save(pl_module.backbone, root / pl_module.adaptation.folder)
+        pl_module.adaptation.save(backbone, root / pl_module.adaptation.folder)
         manifest = {**pl_module.record(), "versions": versions(), "steps": trainer.global_step}
         write_json(root / "manifest.json", manifest)

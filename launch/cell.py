@@ -6,8 +6,6 @@ import json
 import shlex
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,50 +19,25 @@ from antidreambooth.errors import InputError
 from antidreambooth.loading import load_backbone, read_defaults, resolution_of
 from antidreambooth.perturbation import random_noise
 from antidreambooth.photos import cloaked_names, find_photos, load_photos, write_json, write_png
-from antidreambooth.records import describe, differences
+from antidreambooth.records import describe
 from launch.experiment import BASE, Cell, Cloak, Experiment, Person, located
+from launch.runs import Fit, cloak_photos, contents, finished
 
-Fit = Callable[[list[str]], None]  # the command line: a fit is what its user would have typed
 CALLBACKS = '[{"class_path": "TrainedModel"}, {"class_path": "Likeness"}]'
 
 
 def make_cloak(experiment: Experiment, cloak: Cloak, fit: Fit) -> None:
     """Cloaks a person's photos, or goes on with it; does nothing where it is done."""
-    person, done = experiment.everyone()[cloak.person], experiment.cloak_record(cloak)
-    settings, root = cloak_settings(experiment, cloak), done.parent
-    if finished(done, settings):
-        return
-    config, *flags = shlex.split(experiment.protections[cloak.protection])
-    checkpoint = root / "checkpoints" / "last.ckpt"
-    started = time.monotonic()
-    fit(
-        [
-            "fit",
-            f"--config={located(config)}",
-            f"--model.backbone={experiment.backbone}",
-            f"--model.budget={cloak.budget}",
-            f"--data.photos={person.photos}",
-            f"--data.clean_photos={person.clean_photos}",
-            f"--seed_everything={cloak.seed}",
-            f"--trainer.default_root_dir={root}",
-            *(["--ckpt_path=last"] if checkpoint.is_file() else []),
-            *flags,
-        ]
-    )
-    checkpoint.unlink(missing_ok=True)
-    made = {"seconds": time.monotonic() - started, "passes": passes_of(root)}
-    if not experiment.keep_models:
-        shutil.rmtree(root / "surrogates", ignore_errors=True)
-    write_json(done, {"settings": settings, **made, "complete": True})
-
-
-def passes_of(root: Path) -> dict[str, int]:
-    """Images that a cloaking run sent through networks, with those that trained its surrogates."""
-    parts = [root / "manifest.json", *root.glob("surrogates/*/surrogate.json")]
-    counts = Counter[str]()
-    for part in parts:
-        counts.update(json.loads(part.read_text(encoding="utf-8"))["passes"])
-    return dict(counts)
+    person, settings = experiment.everyone()[cloak.person], cloak_settings(experiment, cloak)
+    given = {
+        "model.backbone": experiment.backbone,
+        "model.budget": cloak.budget,
+        "data.photos": person.photos,
+        "data.clean_photos": person.clean_photos,
+        "seed_everything": cloak.seed,
+    }
+    how, done = experiment.protections[cloak.protection], experiment.cloak_record(cloak)
+    cloak_photos(done, settings, how, given, fit, experiment.keep_models)
 
 
 def run_cell(experiment: Experiment, cell: Cell, fit: Fit) -> None:
@@ -196,26 +169,3 @@ def cell_settings(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         "defaults": describe(read_defaults(experiment.backbone)),
         "references": [contents(folder) for folder in experiment.everyone()[cell.cloak.person].references],
     }
-
-
-@cache
-def contents(folder: str) -> list[str]:
-    """SHA-256 of each photo of a folder."""
-    return [photo.sha256 for photo in load_photos(Path(folder), 8)]
-
-
-def finished(record: Path, settings: dict[str, Any]) -> bool:
-    """Whether a cell or a cloak is done.
-
-    Raises:
-        InputError: it is done, but with other settings: the folder is another experiment's.
-    """
-    if not record.is_file():
-        return False
-    changed = differences(json.loads(record.read_text(encoding="utf-8"))["settings"], settings)
-    if changed:
-        raise InputError(
-            f"{record.parent} was made with other settings ({changed[0]}): delete that folder, or write to another one "
-            f"(a verdict's --name, a run's --trainer.default_root_dir)"
-        )
-    return True

@@ -1,15 +1,17 @@
-"""How long an experiment will take, from a few passes through its base model on this machine."""
+"""How long runs will take, from a few passes through their base model on this machine."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from antidreambooth.backbone import Backbone
 from antidreambooth.defaults import Defaults
 from antidreambooth.loading import load_backbone, read_defaults, resolution_of
-from antidreambooth.methods import METHODS
+from antidreambooth.methods import METHODS, Method
 from antidreambooth.precision import computes_in_bf16
 from launch.experiment import BASE, Experiment, is_config
 
@@ -21,52 +23,80 @@ FORWARD = 1 / 3  # of a pass forward and back
 OVERHEAD = 8.0  # seconds a cell: loading, writing, finding and measuring faces
 
 
+class Measured(NamedTuple):
+    """What a base model needs here."""
+
+    seconds: float  # of one image through the U-Net, forward and back
+    learned: int  # bytes of the weights that a surrogate trains
+    all: int  # bytes of all weights
+
+
 def estimate(experiment: Experiment, workers: int, cloaks: int, cells: int) -> float:
     """Seconds for what is left to do, give or take a half; on GPUs the passes are timed on the first one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // workers))
-    try:
-        passed = _seconds_a_pass(experiment.backbone, device)
-    finally:
-        torch.set_num_threads(threads)
+    passed = measure(experiment.backbone, workers).seconds
     defaults, asked = read_defaults(experiment.backbone), experiment.generation
-    sampling = asked.sampling_steps or defaults.sampling_steps
-    pictures = len(asked.prompts) * asked.images * sampling * 2 * FORWARD  # two for guidance
+    pictures = len(asked.prompts) * asked.images * drawing(asked.sampling_steps or defaults.sampling_steps)
     recipes = [defaults.recipe("lora" if "lora" in how else "full") for how in experiment.victims.values()]
     victim = sum(recipe.steps * recipe.batch_size for recipe in recipes) / len(recipes)
-    made = [_cloak_passes(how, defaults) for how in experiment.protections.values() if is_config(how.split()[0])]
+    methods = [usual_method(how) for how in experiment.protections.values() if is_config(how.split()[0])]
+    made = [cloak_passes(method, defaults, PHOTOS, MODELS if method.several else 1) for method in methods]
     cloak = sum(made) / max(1, len(made))
     seconds = passed * (cloaks * cloak + cells * (victim + pictures)) + cells * OVERHEAD
     return seconds / max(1, min(workers, cloaks + cells))
 
 
-def _cloak_passes(how: str, defaults: Defaults) -> float:
-    """Images through the U-Net for one person's cloak by the method that a config is named after; ASPL otherwise."""
-    method = METHODS.get(Path(how.split()[0]).stem, METHODS["aspl"])
-    attack = method.rounds * method.pgd_steps * PHOTOS * ENCODER
-    if method.alternating:
-        learning = method.rounds * 2 * defaults.surrogate.steps * defaults.surrogate.batch_size
-    else:
-        learning = 0 if method.untouched else defaults.full.steps * defaults.full.batch_size
-    return (MODELS if method.several else 1) * (attack + learning)
+def usual_method(how: str) -> Method:
+    """The method that a config is named after; ASPL otherwise."""
+    return METHODS.get(Path(how.split()[0]).stem, METHODS["aspl"])
 
 
-def _seconds_a_pass(name: str, device: torch.device) -> float:
+def cloak_passes(method: Method, defaults: Defaults, photos: int, models: int) -> float:
+    """Images through the U-Net for one person's cloak."""
+    attack = method.rounds * method.pgd_steps * photos * ENCODER
+    recipe = defaults.surrogate if method.alternating else defaults.full
+    steps = 0 if method.untouched else recipe.steps * (2 * method.rounds if method.alternating else 1)
+    return models * (attack + steps * recipe.batch_size * (2 if defaults.prior_weight else 1))
+
+
+def drawing(sampling_steps: int) -> float:
+    """One generated picture, in passes forward and back."""
+    return sampling_steps * 2 * FORWARD  # two for guidance
+
+
+def measure(
+    name: str, workers: int, resolution: int | None = None, revision: str | None = None, variant: str | None = None
+) -> Measured:
+    """Times a few passes on this machine's first GPU, or on a worker's part of its cores."""
+    backbone = load_backbone(name, revision, variant).to(device())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        seconds = _seconds_a_pass(backbone, resolution or resolution_of(name, revision))
+    finally:
+        torch.set_num_threads(threads)
+    learned = [*backbone.unet.parameters(), *backbone.text_encoder.parameters()]
+    return Measured(seconds, *(sum(weights.nbytes for weights in part) for part in (learned, backbone.parameters())))
+
+
+def device() -> torch.device:
+    """Where runs compute on a machine like this one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _seconds_a_pass(backbone: Backbone, resolution: int) -> float:
     """Of one image through the U-Net, forward and back."""
-    backbone = load_backbone(name).to(device)
     backbone.unet.requires_grad_(True)
-    side = resolution_of(name) // backbone.downscale
-    latents = torch.zeros(BATCH, backbone.latent_channels, side, side, device=device)
-    timesteps = torch.zeros(BATCH, dtype=torch.long, device=device)
+    side, where = resolution // backbone.downscale, backbone.alphas_cumprod.device
+    latents = torch.zeros(BATCH, backbone.latent_channels, side, side, device=where)
+    timesteps = torch.zeros(BATCH, dtype=torch.long, device=where)
     embeddings = backbone.embed([backbone.defaults.class_prompt]).expand(BATCH, -1, -1)
     times = []
     for _ in range(3):  # the first one warms up
         started = time.monotonic()
-        with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16()):
+        with torch.autocast(where.type, torch.bfloat16, enabled=computes_in_bf16()):
             loss = backbone.denoising_loss(latents, timesteps, torch.ones_like(latents), embeddings).sum()
         loss.backward()
-        if device.type == "cuda":
+        if where.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic() - started)
     return min(times) / BATCH

@@ -39,7 +39,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Launcher:
-    """Where cells run, through submitit.
+    """Where jobs run, through submitit.
 
     Args:
         cluster: ``local`` or ``slurm``.

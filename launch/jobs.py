@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import submitit
 import torch
 from submitit import AutoExecutor, Job
+from submitit.core.utils import DelayedSubmission
 from tqdm import tqdm
 
 from antidreambooth.errors import InputError
@@ -87,17 +89,30 @@ def _executor(launcher: Launcher, logs: Path, title: str) -> AutoExecutor:
 def _job(command: list[str], environment: dict[str, str] | None) -> Callable[[], None]:
     """A command to be run by submitit; a cancelled job takes it along, as results are written whole or not at all."""
 
-    def run() -> None:  # inside, so that it is sent by value: a job may start where this package is not found
-        with subprocess.Popen(command, env=environment) as process:  # noqa: S603
-            try:
-                process.wait()
-            except BaseException:
-                process.kill()
-                raise
-        if process.returncode:
-            raise RuntimeError(f"exit code {process.returncode}")
+    class Run:  # inside, so that it is sent by value: a job may start where this package is not found
+        number: int | None = None  # of the process
 
-    return run
+        def __call__(self) -> None:
+            with subprocess.Popen(command, env=environment) as process:  # noqa: S603
+                self.number = process.pid
+                try:
+                    process.wait()
+                except BaseException:
+                    process.kill()
+                    raise
+            if process.returncode:
+                raise RuntimeError(f"exit code {process.returncode}")
+
+        def checkpoint(self) -> DelayedSubmission:
+            """SLURM takes the machine away: the command stops where it can go on, and submitit requeues the job."""
+            if self.number is not None:
+                os.kill(self.number, signal.SIGTERM)
+                # Popen's own wait, which this interrupts, holds a lock.
+                os.waitid(os.P_PID, self.number, os.WEXITED | os.WNOWAIT)
+            self.number = None
+            return DelayedSubmission(self)
+
+    return Run()
 
 
 def _cancel(jobs: list[Job[None]]) -> None:

@@ -16,8 +16,8 @@ from jsonargparse import Namespace
 from antidreambooth.adaptations import Full
 from antidreambooth.errors import InputError
 from antidreambooth.photos import write_json
-from launch.cell import Fit, contents, finished
 from launch.experiment import is_config, located
+from launch.runs import Fit, contents, finished
 from lightning_modules.fsmg import FSMG, surrogate_folder
 
 

@@ -5,11 +5,8 @@ Run the same command again to go on after an interruption: what is finished is k
 
 from __future__ import annotations
 
-import gc
 import json
-import sys
-import traceback
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -20,14 +17,14 @@ from antidreambooth.evaluation.cells import read_cells
 from antidreambooth.evaluation.quality import LPIPS_MISSING, largest_difference, lpips, lpips_available, psnr, ssim
 from antidreambooth.evaluation.report import paragraph, write_report
 from antidreambooth.loading import read_defaults
-from antidreambooth.photos import write_atomically
-from launch.cell import Fit, cell_settings, cloak_settings, finished, make_cloak, originals, protected, run_cell
+from launch.cell import cell_settings, cloak_settings, make_cloak, originals, protected, run_cell
 from launch.estimate import estimate, left
 from launch.experiment import Cloak, Experiment, Person
-from launch.jobs import run_jobs, workers_of
+from launch.jobs import workers_of
+from launch.runs import Fit, finished
+from launch.tasks import Task, failures, share_out, work
 
 OWN = "you"
-COMMAND = Path(__file__).parent.parent / "cli.py"
 
 
 def verdict(arguments: list[str], fit: Fit) -> None:
@@ -40,7 +37,7 @@ def verdict(arguments: list[str], fit: Fit) -> None:
     options = parser().parse_args(arguments)
     experiment = read_experiment(options)
     if options.share:
-        work(experiment, options.share, fit)
+        work_on(experiment, options.share, fit)
         return
     cloaks, cells = run(experiment, arguments)
     report(experiment, cloaks, cells)
@@ -91,41 +88,25 @@ def run(experiment: Experiment, arguments: list[str]) -> tuple[dict[str, str], d
         ("cloaks", [experiment.cloak_record(cloak) for cloak in experiment.cloaks()]),
         ("cells", [experiment.cell_record(cell) for cell in experiment.cells()]),
     ]
-    for phase, results in phases:
-        waiting = [result for result in results if not result.is_file()]
-        for result in waiting:
-            failure(result.parent).unlink(missing_ok=True)
-        jobs = min(workers, len(waiting))
-        commands = [
-            [sys.executable, str(COMMAND), "verdict", *arguments, f"--share={phase}:{number}/{jobs}"]
-            for number in range(jobs)
-        ]
-        if commands:
-            run_jobs(commands, experiment.launcher, experiment.root / "jobs", phase, len(results), counter(results))
+    for phase, records in phases:
+        share_out(["verdict", *arguments], records, experiment.launcher, logs(experiment), phase, f"{phase}:")
     (_, cloaks_done), (_, cells_done) = phases
     return failures(cloaks_done), failures(cells_done)
 
 
-def work(experiment: Experiment, share: str, fit: Fit) -> None:
-    """A job's part: every JOBS-th cloak or cell; what fails is written down and does not stop the others."""
+def work_on(experiment: Experiment, share: str, fit: Fit) -> None:
+    """A job's part of the cloaks or the cells."""
     phase, _, part = share.partition(":")
-    number, jobs = map(int, part.split("/"))
-    tasks: list[tuple[Path, Callable[[], None]]]
     if phase == "cloaks":
-        tasks = [(experiment.cloak_record(c), lambda c=c: make_cloak(experiment, c, fit)) for c in experiment.cloaks()]
+        tasks = [Task(experiment.cloak_record(c), partial(make_cloak, experiment, c, fit)) for c in experiment.cloaks()]
     else:
-        tasks = [(experiment.cell_record(c), lambda c=c: run_cell(experiment, c, fit)) for c in experiment.cells()]
-    for record, task in tasks[number::jobs]:
-        try:
-            task()
-        except (Exception, SystemExit) as error:
-            if isinstance(error, SystemExit) and error.code in (None, 1):  # Lightning was asked to stop
-                raise
-            traceback.print_exc()
-            reason = "its command line is wrong" if str(error) == "2" else str(error) or type(error).__name__
-            text = f"{reason.splitlines()[0]} (more in {experiment.root / 'jobs'})"
-            write_atomically(failure(record.parent), text.encode())
-        gc.collect()
+        tasks = [Task(experiment.cell_record(c), partial(run_cell, experiment, c, fit)) for c in experiment.cells()]
+    work(tasks, part, logs(experiment))
+
+
+def logs(experiment: Experiment) -> Path:
+    """Where what the jobs print is kept."""
+    return experiment.root / "jobs"
 
 
 def report(experiment: Experiment, failed_cloaks: dict[str, str], failed: dict[str, str]) -> None:
@@ -190,19 +171,3 @@ def made_with(experiment: Experiment, cloak: Cloak) -> dict[str, float | None]:
         return {}
     record = json.loads(file.read_text(encoding="utf-8"))
     return {"seconds": record["seconds"], **record.get("passes", {})}
-
-
-def failure(folder: Path) -> Path:
-    """The file that says why a cloak or cell failed."""
-    return folder.with_suffix(folder.suffix + ".failed")
-
-
-def failures(results: list[Path]) -> dict[str, str]:
-    """Why those failed that are not there."""
-    missing = [result.parent for result in results if not result.is_file()]
-    return {f.name: failure(f).read_text(encoding="utf-8") for f in missing if failure(f).is_file()}
-
-
-def counter(results: list[Path]) -> Callable[[], int]:
-    """Counts those that are there."""
-    return lambda: sum(result.is_file() for result in results)

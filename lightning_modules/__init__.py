@@ -6,5 +6,6 @@ from lightning_modules.cloaking import Cloaking
 from lightning_modules.dreambooth import Victim
 from lightning_modules.fsmg import FSMG
 from lightning_modules.pretraining import Pretraining
+from lightning_modules.strategies import FSDP2, DeepSpeed
 
-__all__ = ["ASPL", "FSMG", "AtomicCheckpointIO", "Cloaking", "Pretraining", "Victim"]
+__all__ = ["ASPL", "FSDP2", "FSMG", "AtomicCheckpointIO", "Cloaking", "DeepSpeed", "Pretraining", "Victim"]

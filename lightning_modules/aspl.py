@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim import AdamW, Optimizer
 
+from antidreambooth.adaptations import Adaptation, Full
 from antidreambooth.backbone import Backbone, Posterior
-from antidreambooth.dreambooth import DreamBooth, trainable
+from antidreambooth.dreambooth import DreamBooth
 from antidreambooth.errors import InputError
 from antidreambooth.rounds import Photos
 from antidreambooth.surrogates import Alternating
-from antidreambooth.weights import Weights
+from lightning_modules.borrowing import weights_of
 from lightning_modules.cloaking import Cloaking
 
 
@@ -25,19 +26,27 @@ class ASPL(Cloaking):
 
     Args:
         surrogate: how the surrogate trains.
+        adaptation: what of it is trained: Full (when not given) or, for less memory, LoRA.
         kwargs: those of every cloaking method.
     """
 
-    def __init__(self, *, surrogate: DreamBooth = DreamBooth(), **kwargs: Any) -> None:  # noqa: B008 (frozen)
+    def __init__(
+        self,
+        *,
+        surrogate: DreamBooth = DreamBooth(),  # noqa: B008 (frozen)
+        adaptation: Adaptation | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self.adaptation = adaptation or Full()
         self.classes: list[Posterior | None] = []
 
     def setup(self, stage: str) -> None:
         """Refuses what would fail in the middle of a round."""
         super().setup(stage)
         strategy = self.trainer.strategy
-        ready = not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters")
-        if len(self.sources) > 1 and not ready:
+        patient = type(strategy) is DDPStrategy and strategy._ddp_kwargs.get("find_unused_parameters")
+        if len(self.sources) > 1 and not (patient or isinstance(strategy, SingleDeviceStrategy)):
             raise InputError(
                 "only one base model of an ensemble learns at a time: use "
                 "--trainer.strategy ddp_find_unused_parameters_true"
@@ -46,23 +55,19 @@ class ASPL(Cloaking):
             # A parameter that moves loses the hook by which DDP averages its gradient.
             raise InputError("several processes keep all models on their devices: leave out --model.ensemble.offload")
 
-    def configure_model(self) -> None:
+    def build(self) -> None:
         """Makes the base models surrogates and samples class images while they are untouched."""
-        if hasattr(self, "backbone"):
-            return
-        super().configure_model()
-        self.trainings = [self.hparams.surrogate.completed(backbone.defaults) for backbone in self.backbones]
+        super().build()
+        how = self.adaptation
+        self.trainings = [how.surrogate(self.hparams.surrogate, backbone.defaults) for backbone in self.backbones]
         for backbone, training in zip(self.backbones, self.trainings, strict=True):
-            for part in trainable(backbone, training):
-                part.requires_grad_(True)
-            if training.gradient_checkpointing:
-                backbone.enable_gradient_checkpointing()
             self.classes.append(self.class_posterior(backbone, training.prior, self.attack.micro_batch))
+            how.apply(backbone, training, self.seed)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW over what the surrogates train, each at its own learning rate."""
         groups = [
-            {"params": learned(backbone), "lr": training.learning_rate, "weight_decay": training.weight_decay}
+            {"params": backbone.learned(), "lr": training.learning_rate, "weight_decay": training.weight_decay}
             for backbone, training in zip(self.backbones, self.trainings, strict=True)
         ]
         return AdamW(groups, fused=True)
@@ -70,15 +75,11 @@ class ASPL(Cloaking):
     def surrogate(self, backbone: Backbone, photos: Photos) -> Alternating:
         """DreamBooth on a base model, a few steps at a time."""
         number, micro_batch = self.backbones.index(backbone), self.attack.micro_batch
-        weights = Weights(learned(backbone), self.optimizers(), self.manual_backward)
+        weights = weights_of(self.trainer.strategy, backbone, self.optimizers(), self.manual_backward)
         clean = backbone.encode_all(photos.clean, micro_batch)
         return Alternating(backbone, self.trainings[number], weights, clean, self.classes[number], micro_batch)
 
     def effective(self) -> dict[str, Any]:
         """Also how the surrogates train."""
-        return {**super().effective(), "surrogate": self.trainings[0], "ensemble_surrogates": self.trainings[1:]}
-
-
-def learned(backbone: Backbone) -> list[Any]:
-    """The weights of a base model that learn."""
-    return [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+        how = {"surrogate": self.trainings[0], "ensemble_surrogates": self.trainings[1:], "adaptation": self.adaptation}
+        return {**super().effective(), **how}

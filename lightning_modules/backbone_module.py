@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from tqdm import tqdm
 
@@ -14,9 +16,13 @@ from antidreambooth.class_images import class_images
 from antidreambooth.dreambooth import PriorPreservation
 from antidreambooth.errors import InputError
 from antidreambooth.loading import load_backbone, resolution_of
+from antidreambooth.memory import remembered
 from antidreambooth.photos import to_float
 from antidreambooth.records import describe, differences
 from antidreambooth.turns import Turn
+from lightning_modules.preemption import Preemption
+from lightning_modules.sharding import shard, sharded, whole_at_birth
+from lightning_modules.strategies import check
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -38,9 +44,11 @@ class BackboneModule(LightningModule):
         super().__init__()
         self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
         self.resolution = resolution or resolution_of(backbone, revision)
+        self.preemption = Preemption()
 
     def setup(self, stage: str) -> None:
         """Refuses half-true precision before any weight is loaded."""
+        check(self.trainer.strategy)
         if self.trainer.precision not in PRECISIONS:
             raise InputError(
                 f"{type(self).__name__} keeps fp32 weights: use --trainer.precision {' or '.join(PRECISIONS)}, "
@@ -48,26 +56,58 @@ class BackboneModule(LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Loads the backbone onto the device that will run it."""
+        """Builds what is trained or attacked, and splits it over the ranks where the strategy does that."""
         if hasattr(self, "backbone"):
             return
+        with whole_at_birth(self.trainer.strategy):
+            self.build()
+        for backbone in self.backbones:
+            shard(self.trainer.strategy, backbone)
+
+    def build(self) -> None:
+        """Loads the backbone onto the device that will run it."""
         self.backbone = self.load(self.sources[0])
         self.fingerprint = self.backbone.fingerprint()
+
+    def on_train_start(self) -> None:
+        """Ready to be told to go."""
+        self.preemption.arm()
+
+    def teardown(self, stage: str) -> None:
+        """Not ready any more; after an error Lightning itself puts the handlers back."""
+        self.preemption.disarm()
 
     @property
     def sources(self) -> list[str]:
         """The base models that are loaded; one, here."""
         return [self.hparams.backbone]
 
+    @property
+    def backbones(self) -> list[Backbone]:
+        """The base models, as loaded."""
+        return [self.backbone]
+
     def load(self, name: str) -> Backbone:
         """A base model, on the device; revision and variant belong to the one that ``backbone`` names."""
         own = name == self.hparams.backbone
         chosen = (self.hparams.revision, self.hparams.variant) if own else (None, None)
-        return load_backbone(name, *chosen).to(self.trainer.strategy.root_device)
+        if Path(name).is_relative_to(self.trainer.default_root_dir):  # trained for this run, of no use to another
+            return load_backbone(name, *chosen).to(self.place)
+        return remembered(lambda: (name, *chosen), lambda: load_backbone(name, *chosen)).to(self.place)
+
+    @property
+    def place(self) -> torch.device:
+        """The device of this process; Lightning moves the module there only after ``configure_model``."""
+        return self.trainer.strategy.root_device
 
     def prompt(self, text: str) -> str:
         """A prompt as the model in training knows it."""
         return text
+
+    @property
+    def together(self) -> bool:
+        """Whether every rank has to take part in every forward pass, since none has all weights."""
+        return sharded(self.trainer.strategy)
 
     @property
     def seed(self) -> int:
@@ -110,12 +150,16 @@ class BackboneModule(LightningModule):
         """Latents of the class images, for prior preservation; call it while the backbone is untouched."""
         if not prior.weight:
             return None
-        assert prior.class_prompt is not None
-        pictures = class_images(
-            backbone, prior.class_prompt, prior.images, self.resolution, progress=self._progress("class images")
-        )
-        # Not self.device: Lightning moves the module only after configure_model.
-        return backbone.encode_all(to_float(pictures).to(backbone.alphas_cumprod.device), micro_batch)
+        prompt, count = prior.class_prompt, prior.images
+        assert prompt is not None
+
+        def encoded() -> Posterior:
+            bar = self._progress("class images")
+            pictures = class_images(backbone, prompt, count, self.resolution, progress=bar)
+            return backbone.encode_all(to_float(pictures).to(self.place), micro_batch)
+
+        how = (prompt, count, self.resolution, micro_batch, str(self.trainer.precision), self.place)
+        return remembered(lambda: (backbone.fingerprint(), *how), encoded)
 
     def _progress(self, what: str) -> Any:
         def bar(batches: Iterable[int]) -> Iterable[int]:

@@ -79,6 +79,7 @@ class Cloaking(BackboneModule):
         self.register_buffer("perturbation", torch.empty(0))
         self.register_buffer("passes", torch.zeros(2, dtype=torch.int64))
         self.surrogates: list[Surrogate] = []
+        self.rounds = 0  # after the last one in this process; Lightning counts an epoch only after all hooks
 
     @property
     def sources(self) -> list[str]:
@@ -90,11 +91,11 @@ class Cloaking(BackboneModule):
         """The base models, as loaded."""
         return [self.backbone, *cast(list[Backbone], list(self.others))]
 
-    def configure_model(self) -> None:
-        """Loads all base models."""
-        if hasattr(self, "backbone"):
-            return
-        super().configure_model()
+    def build(self) -> None:
+        """Loads all base models; the perturbation starts at nothing."""
+        super().build()
+        photos = len(self.trainer.datamodule.photos)
+        self.perturbation = torch.zeros(photos, 3, self.resolution, self.resolution, device=self.place)
         self.others = nn.ModuleList(self.load(name) for name in self.sources[1:])
         self.fingerprints = [other.fingerprint() for other in self.others]  # before they learn anything
 
@@ -104,8 +105,6 @@ class Cloaking(BackboneModule):
 
     def training_step(self, batch: Photos, batch_idx: int) -> None:
         """One round."""
-        if self.perturbation.numel() == 0:
-            self.perturbation = torch.zeros_like(batch.originals)
         if not self.surrogates:
             self.surrogates = [self._made(backbone, batch) for backbone in self.backbones]
         with counted(self.backbones) as passes:
@@ -113,7 +112,12 @@ class Cloaking(BackboneModule):
             outcome = alternate(self.surrogates, batch.originals, cloaked, self.attack, self.turn)
         self.passes += torch.tensor([passes.unet, passes.encoder], device=self.device)
         self.perturbation = outcome.cloaked - batch.originals
+        self.rounds = self.current_epoch + 1
         self._log(outcome)
+
+    def on_train_epoch_end(self) -> None:
+        """The round is whole."""
+        self.preemption.leave_if_asked(self.trainer)
 
     @property
     def turn(self) -> Turn:
@@ -128,11 +132,6 @@ class Cloaking(BackboneModule):
             "step_size": self.attack.effective_step_size,
             "objective": self.attack.objective,
         }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also gives the perturbation its shape."""
-        super().on_load_checkpoint(checkpoint)
-        self.perturbation = torch.zeros_like(checkpoint["state_dict"]["perturbation"], device=self.device)
 
     def _made(self, backbone: Backbone, photos: Photos) -> Surrogate:
         """A surrogate, with what is computed once, where it waits for its turn."""
@@ -153,4 +152,4 @@ class Cloaking(BackboneModule):
         }
         # A metric named "step" is Lightning's x-axis; its own counts optimizer steps, six a round.
         values["step"] = torch.tensor(float(self.current_epoch + 1))
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)

@@ -16,15 +16,16 @@ from tqdm import tqdm
 
 from antidreambooth.adaptations import Adaptation, Full
 from antidreambooth.augmentation import Augmentation
-from antidreambooth.backbone import Posterior
+from antidreambooth.backbone import Backbone, Posterior
 from antidreambooth.dreambooth import DreamBooth, dreambooth_loss
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.faces import Dlib, FaceModel, reference
 from antidreambooth.evaluation.measures import face_measures
-from antidreambooth.loading import read_defaults
+from antidreambooth.loading import load_backbone, read_defaults
 from antidreambooth.photos import to_8bit, to_float
 from antidreambooth.sampling import Generation, noise_of, sample
 from lightning_modules.backbone_module import BackboneModule
+from lightning_modules.sharding import gathered, sharded
 
 MICRO_BATCH = 8  # photos encoded at a time
 
@@ -92,27 +93,26 @@ class Victim(BackboneModule):
         self.rows: list[dict[str, Any]] = []
         self.pictures: list[Tensor] = []
 
-    def configure_model(self) -> None:
+    def setup(self, stage: str) -> None:
+        """Refuses a test in which each rank would wait for the others."""
+        super().setup(stage)
+        if stage == "test" and sharded(self.trainer.strategy):
+            raise InputError("each rank of a test draws its own pictures: use --trainer.strategy ddp")
+
+    def build(self) -> None:
         """Loads the backbone; makes it ready to train, or to be tested as it was trained."""
-        if hasattr(self, "backbone"):
-            return
-        super().configure_model()
+        super().build()
         training = self.training_settings
         if self.trainer.testing:
             self.adaptation.load(self.backbone, Path(self.trainer.default_root_dir) / self.adaptation.folder)
             return
         self.classes = self.class_posterior(self.backbone, training.prior, MICRO_BATCH)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)  # a LoRA starts from random numbers
-            self.adaptation.prepare(self.backbone, bool(training.train_text_encoder))
-        self.backbone.to(self.trainer.strategy.root_device)
-        if training.gradient_checkpointing:
-            self.backbone.enable_gradient_checkpointing()
+        self.adaptation.apply(self.backbone, training, self.seed)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over what is trained, and a learning rate that follows the schedule step by step."""
         chosen, settings = self.optimization, self.training_settings
-        optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self._optimizer(self.backbone.learned())
         schedule = get_scheduler(
             chosen.schedule, optimizer, num_warmup_steps=chosen.warmup_steps, num_training_steps=settings.steps
         )
@@ -120,8 +120,13 @@ class Victim(BackboneModule):
 
     def on_train_start(self) -> None:
         """The trained parts in training mode."""
+        super().on_train_start()
         for part in (self.backbone.unet, self.backbone.text_encoder):
             part.train(any(p.requires_grad for p in part.parameters()))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """The step is whole."""
+        self.preemption.leave_if_asked(self.trainer)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The DreamBooth loss of one batch of photos; ``batch`` holds all of them, in 8 bits."""
@@ -135,6 +140,16 @@ class Victim(BackboneModule):
         loss = dreambooth_loss(self.backbone, settings, self._instances(batch, chosen, generator), classes, generator)
         self.log("victim/loss", loss.detach(), prog_bar=True)
         return loss
+
+    def trained(self) -> Backbone:
+        """The backbone with all of its weights in one place, to be saved; every rank has to ask."""
+        if not sharded(self.trainer.strategy):
+            return self.backbone
+        weights = gathered(self.trainer.strategy, self.backbone)
+        whole = load_backbone(self.hparams.backbone, self.hparams.revision, self.hparams.variant)
+        self.adaptation.apply(whole, self.training_settings, self.seed)
+        whole.load_state_dict(weights, strict=False)
+        return whole
 
     def test_step(self, batch: list[tuple[str, Tensor]], batch_idx: int) -> None:
         """Generates this rank's share of the pictures and measures them against the reference photos."""

@@ -12,10 +12,12 @@ from torch.optim import SGD, Optimizer
 
 from antidreambooth.adaptations import Full
 from antidreambooth.backbone import Backbone
+from antidreambooth.errors import InputError
 from antidreambooth.records import slug
 from antidreambooth.rounds import Photos
 from antidreambooth.surrogates import Fixed
 from lightning_modules.cloaking import Cloaking
+from lightning_modules.strategies import replicates
 
 
 class FSMG(Cloaking):
@@ -55,11 +57,15 @@ class FSMG(Cloaking):
         root = Path(self.trainer.default_root_dir)
         return [str(surrogate_folder(root, name) / Full.folder) for name in super().sources]
 
-    def configure_model(self) -> None:
+    def setup(self, stage: str) -> None:
+        """Refuses what has no weights to split."""
+        super().setup(stage)
+        if not replicates(self.trainer.strategy):
+            raise InputError("FSMG trains nothing that could be split over processes: use --trainer.strategy ddp")
+
+    def build(self) -> None:
         """Loads what is attacked, with the prompts that go with it."""
-        if hasattr(self, "backbone"):
-            return
-        super().configure_model()
+        super().build()
         found = zip(self.sources, self.backbones, strict=True)
         self.prompts = [self.hparams.prompt or self._usual_prompt(*model) for model in found]
         if self.hparams.gradient_checkpointing:

@@ -17,13 +17,14 @@ from tqdm import tqdm
 from transformers import CLIPTextModel
 
 from antidreambooth.adaptations import Full
-from antidreambooth.backbone import Posterior
+from antidreambooth.backbone import Backbone, Posterior
 from antidreambooth.errors import InputError
 from antidreambooth.objectives import Draw
 from antidreambooth.photos import to_float, write_atomically
 from antidreambooth.pictures import Pictures
 from antidreambooth.timesteps import Uniform
 from lightning_modules.backbone_module import BackboneModule
+from lightning_modules.strategies import replicates
 
 ENCODED = 64  # pictures at a time
 GAMMA = 5.0  # of min-SNR weighting, as its paper recommends
@@ -71,11 +72,15 @@ class Pretraining(BackboneModule):
         self.adaptation, self.steps = Full(), steps
         self.latents: Posterior | None = None
 
-    def configure_model(self) -> None:
+    def setup(self, stage: str) -> None:
+        """Refuses what would split the averaged weights."""
+        super().setup(stage)
+        if not replicates(self.trainer.strategy):
+            raise InputError("a base model is trained on one device or with --trainer.strategy ddp")
+
+    def build(self) -> None:
         """Loads the backbone and gives it a new U-Net and text encoder."""
-        if hasattr(self, "backbone"):
-            return
-        super().configure_model()
+        super().build()
         config = dict(self.backbone.unet.config)
         if self.hparams.widths:
             config["block_out_channels"] = tuple(self.hparams.widths)
@@ -86,7 +91,7 @@ class Pretraining(BackboneModule):
             except ValueError as error:
                 raise InputError(f"--model.widths {self.hparams.widths} make no U-Net: {error}") from error
             self.backbone.text_encoder = CLIPTextModel(self.backbone.text_encoder.config)
-        self.backbone.to(self.trainer.strategy.root_device)
+        self.backbone.to(self.place)
         self.adaptation.prepare(self.backbone, train_text_encoder=True)
         parts = nn.ModuleList([self.backbone.unet, self.backbone.text_encoder])
         self.averaged = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(self.hparams.averaging))
@@ -105,9 +110,14 @@ class Pretraining(BackboneModule):
 
     def on_train_start(self) -> None:
         """Trained parts in training mode; latents computed, or read."""
+        super().on_train_start()
         self.backbone.unet.train()
         self.backbone.text_encoder.train()
         self.latents = self._encoded(self.trainer.datamodule.pictures)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """The step is whole."""
+        self.preemption.leave_if_asked(self.trainer)
 
     def training_step(self, batch: Pictures, batch_idx: int) -> Tensor:
         """The weighted loss of some pictures; which, under what caption, follows from seed, rank and step."""
@@ -132,6 +142,10 @@ class Pretraining(BackboneModule):
         """The average goes on, before anybody writes a checkpoint."""
         super().optimizer_step(*args, **kwargs)
         self.averaged.update_parameters(nn.ModuleList([self.backbone.unet, self.backbone.text_encoder]))
+
+    def trained(self) -> Backbone:
+        """What is saved."""
+        return self.backbone
 
     def on_train_end(self) -> None:
         """The averaged weights are the result."""

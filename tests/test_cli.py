@@ -27,8 +27,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),  # lightning's own
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
 ]
-TRAINING = {"dreambooth", "dreambooth-lora", "textual-inversion", "pretraining"}  # have tests of their own
-CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in TRAINING]
+OTHERS = {"dreambooth", "dreambooth-lora", "textual-inversion", "pretraining", "people"}  # have tests of their own
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in OTHERS]
 OWN = {"perturbation", "passes"}  # of a checkpoint
 SURROGATE = (
     "configs/dreambooth.yaml --model.training.learning_rate 1e-3 --model.training.steps 2 "

@@ -3,7 +3,8 @@
 import torch
 from PIL import Image
 
-from antidreambooth.dreambooth import DreamBooth, trainable
+from antidreambooth.adaptations import Full
+from antidreambooth.dreambooth import DreamBooth
 from antidreambooth.loading import load_backbone
 from antidreambooth.perturbation import PGD, STEP
 from antidreambooth.photos import load_photos, to_8bit, to_float
@@ -36,9 +37,8 @@ def test_a_cloak_is_not_noise():
     originals = torch.stack([photo.pixels for photo in load_photos(ROOT / "examples" / "photos", 128)])
     backbone = load_backbone("embedded")
     training = DreamBooth().completed(backbone.defaults)
-    for part in trainable(backbone, training):
-        part.requires_grad_(True)
-    parameters = [p for p in backbone.parameters() if p.requires_grad]
+    Full().apply(backbone, training, seed=0)
+    parameters = backbone.learned()
     weights = Weights(parameters, torch.optim.AdamW(parameters, lr=training.learning_rate))
     images = cloaked = to_float(originals)
     surrogate = Alternating(backbone, training, weights, backbone.encode_all(images, 4))

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import AdamW
 
+from antidreambooth.adaptations import Full
 from antidreambooth.backbone import Posterior
 from antidreambooth.defaults import Defaults
-from antidreambooth.dreambooth import DreamBooth, PriorPreservation, trainable
+from antidreambooth.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.loading import load_backbone
 from antidreambooth.perturbation import PGD, STEP
 from antidreambooth.photos import to_float
@@ -25,9 +26,8 @@ ROUNDS = 3
 
 
 def setup(backbone, training=TRAINING):
-    for part in trainable(backbone, training):
-        part.requires_grad_(True)
-    parameters = [p for p in backbone.parameters() if p.requires_grad]
+    Full().apply(backbone, training, seed=0)
+    parameters = backbone.learned()
     weights = Weights(parameters, AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay))
     originals, clean = to_float(random_images(4)), to_float(random_images(3, seed=1))
     classes = backbone.encode_all(to_float(random_images(5, seed=2)), 8) if training.prior.weight else None

@@ -20,16 +20,18 @@ from PIL import Image
 
 import launch.cell
 import launch.jobs
+import launch.tasks
 import launch.verdict
 import lightning_modules.dreambooth
 from antidreambooth.conditions import JPEG, Scene
 from antidreambooth.errors import InputError
 from antidreambooth.perturbation import random_noise
 from cli import main
-from launch.cell import arriving, cell_settings, contents, protected
+from launch.cell import arriving, cell_settings, protected
 from launch.estimate import estimate, left
 from launch.experiment import BASE, Cell, Cloak, Experiment, Launcher, Person
 from launch.jobs import run_jobs, workers_of
+from launch.runs import contents
 from launch.verdict import parser, read_experiment, verdict
 from tests.conftest import ROOT, random_images
 
@@ -297,8 +299,8 @@ def ask(people, small_model, fit, monkeypatch):
             assert command[:3] == [sys.executable, str(ROOT / "cli.py"), "verdict"]
             verdict(command[3:], fit)
 
-    monkeypatch.setattr(launch.verdict, "run_jobs", run_here)
-    monkeypatch.setattr(launch.verdict, "gc", SimpleNamespace(collect=int))  # slow, and there are no models
+    monkeypatch.setattr(launch.tasks, "run_jobs", run_here)
+    monkeypatch.setattr(launch.tasks, "gc", SimpleNamespace(collect=int))  # slow, and there are no models
     base = [f"--people_folder={people}", f"--folder={people.parent}", f"--backbone={small_model}", "--name=e"]
 
     def run(*more):
@@ -455,9 +457,9 @@ def test_half_a_cell_is_started_anew_and_half_a_cloak_gone_on_with(ask, fit, peo
     assert not (cloak / "checkpoints" / "last.ckpt").exists()
 
 
-@pytest.mark.parametrize("code", [1, None])
+@pytest.mark.parametrize("code", [1, None, 143])
 def test_a_worker_that_is_told_to_stop_stops(people, small_model, code):
-    """Lightning turns Ctrl-C into exit code 1, SIGTERM into none."""
+    """Lightning turns Ctrl-C into exit code 1, SIGTERM into none; a run that a signal ends has 143."""
     calls = []
 
     def stopped(command):
@@ -475,7 +477,7 @@ def test_a_worker_that_is_told_to_stop_stops(people, small_model, code):
 
 
 def test_shares_are_all_cells_and_none_twice(fit, people, small_model, monkeypatch):
-    monkeypatch.setattr(launch.verdict, "gc", SimpleNamespace(collect=int))
+    monkeypatch.setattr(launch.tasks, "gc", SimpleNamespace(collect=int))
     base = [f"--people_folder={people}", f"--folder={people.parent}", f"--backbone={small_model}", "--name=e"]
     seen = []
     for number in range(3):
@@ -791,7 +793,7 @@ def copy(finished, tmp_path, monkeypatch, small_model):
     """The finished verdict in a folder of its own, its worker in this process."""
     shutil.copytree(finished.root, tmp_path / "e")
     monkeypatch.chdir(finished.place)
-    monkeypatch.setattr(launch.verdict, "run_jobs", lambda commands, *_: [main(command[2:]) for command in commands])
+    monkeypatch.setattr(launch.tasks, "run_jobs", lambda commands, *_: [main(command[2:]) for command in commands])
 
     # A loader gives lists for tuples, which the type check of the tests refuses.
     named = lightning_modules.dreambooth.reference

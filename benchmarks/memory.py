@@ -1,0 +1,175 @@
+"""Peak memory of each part of a round of ASPL, for Stable Diffusion 1.5's size at 512 pixels, in every mode.
+
+    python benchmarks/memory.py                 # measured where there is a GPU, counted where there is none
+    python benchmarks/memory.py --count         # counted in any case
+    python benchmarks/memory.py --validate      # the count against what the CPU's allocator measures
+
+What runs is the engine's own code. Sharded modes are counted in any case: FSDP2 by running it on fake ranks, ZeRO by
+the arithmetic of its states, on top of what the networks were counted to compute with.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.counting import fake, measured
+from benchmarks.phases import PHASES, Mode, Peaks, Round, count, measure, sizes
+from benchmarks.sharding import Zero
+from benchmarks.stable_diffusion import NARROW, STABLE_DIFFUSION_15, TINY, Architecture
+from benchmarks.tables import write
+
+GIB = 2**30
+CARDS = (8, 24, 80)  # GiB
+RESERVE = GIB  # for the CUDA context, kernels' workspaces and what the allocator cannot reuse
+
+SINGLE = (
+    Mode("full, fp32", bf16=False),
+    Mode("full, bf16"),
+    Mode("full, bf16, checkpointing", checkpointing=True),
+    Mode("LoRA, bf16", lora=True),
+    Mode("LoRA, bf16, checkpointing", lora=True, checkpointing=True),
+)
+FSDP2 = tuple(
+    Mode(
+        f"full, bf16{', checkpointing' if checkpointing else ''}, FSDP2 over {ranks}", True, False, checkpointing, ranks
+    )
+    for ranks in (2, 8)
+    for checkpointing in (False, True)
+)
+NETWORKS = (
+    Mode("full, bf16", network=True),
+    Mode("full, bf16, checkpointing", network=True, checkpointing=True),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Args:
+        name: of the mode.
+        peaks: bytes by phase.
+        how: measured, counted, or computed from what was counted.
+        host: bytes of main memory that stand for the device's.
+    """
+
+    name: str
+    peaks: Peaks
+    how: str
+    host: int = 0
+
+    def whole(self, photos: int) -> int | None:
+        """Most bytes of a round with prior preservation, and with so many photos at a time."""
+        parts = [self.peaks[phase] for phase in (f"encode {photos}", "learn 1+1", f"PGD {photos}")]
+        return None if None in parts else max(part for part in parts if part is not None)
+
+    def fits(self, card: int) -> str:
+        """Whether a card of so many GiB is large enough."""
+        for photos, answer in ((4, "yes"), (1, "one by one")):
+            whole = self.whole(photos)
+            if whole is not None and whole + RESERVE <= card * GIB:
+                return answer
+        return "no"
+
+    def cells(self) -> list[str]:
+        """As text."""
+        sizes = [*self.peaks.values(), self.whole(4), self.whole(1)]
+        host = gib(self.host) if self.host else ""
+        return [self.name, *map(gib, sizes), *map(self.fits, CARDS), host, self.how]
+
+
+def gib(size: int | None) -> str:
+    """Bytes as GiB."""
+    return "out of memory" if size is None else f"{size / GIB:.1f}"
+
+
+def rows(architecture: Architecture, cuda: bool) -> Iterator[Row]:
+    """All modes, one after the other."""
+    for mode in tqdm(SINGLE, desc="one device"):
+        peaks = measure(architecture, mode) if cuda else count(architecture, mode)
+        yield Row(mode.name, peaks, "measured" if cuda else "counted")
+    for mode in tqdm(FSDP2, desc="FSDP2"):
+        yield Row(mode.name, count(architecture, mode), "counted")
+    for mode in tqdm(NETWORKS, desc="DeepSpeed"):
+        network, (trained, frozen) = count(architecture, mode), sizes(architecture)
+        for zero in zeros(trained, frozen):
+            yield Row(f"{mode.name}, {zero.name}", zero_peaks(zero, network), "computed", zero.host)
+
+
+def zeros(trained: int, frozen: int) -> list[Zero]:
+    """What of DeepSpeed is in the table."""
+    shared: list[tuple[Literal[2, 3], int]] = [(2, 2), (2, 8), (3, 2), (3, 8)]
+    return [
+        *(Zero(stage, ranks, trained, frozen) for stage, ranks in shared),
+        Zero(2, 1, trained, frozen, offload=True),
+    ]
+
+
+def zero_peaks(zero: Zero, network: Peaks) -> Peaks:
+    """Most bytes of a rank under ZeRO, whose networks by themselves were counted."""
+    loaded = 2 * (zero.trained + zero.frozen)
+    return {
+        phase: zero.peak((peak or 0) - loaded, learns=phase.startswith("learn"), borrows=not phase.startswith("encode"))
+        for phase, peak in network.items()
+    }
+
+
+def report(folder: Path, found: Iterable[Row], where: str) -> str:
+    """Writes the table; returns it."""
+    header = ["peak GiB", *PHASES, "round", "one by one", *(f"{card} GB" for card in CARDS), "main memory", "how"]
+    title = (
+        f"Peak memory of a round of ASPL in GiB: {where}. torch {torch.__version__}. Learning takes steps of one "
+        "instance image, or of one and a class image, while a copy of the weights is borrowed; encoding and PGD take "
+        f"4 photos, all at once or one by one. A card is large enough if it leaves {gib(RESERVE)} GiB for the CUDA "
+        "context, kernels' workspaces and fragmentation: for the round as it is, or for photos one by one "
+        "(micro_batch 1)."
+    )
+    return write(folder, "memory", title, header, [row.cells() for row in found])
+
+
+def validate(folder: Path) -> str:
+    """The count, with fake and with real tensors, against the CPU's allocator, on a narrow Stable Diffusion."""
+    lines = []
+    for mode in tqdm(SINGLE[:3], desc="validation"):
+        with fake():
+            shapes = Round(NARROW, mode, "cpu")
+            held, counted = shapes.counter.held(), shapes.peaks()
+        real = Round(NARROW, mode, "cpu")
+        with real.autocast():
+            for phase, run in zip(PHASES, real.phases(), strict=True):
+                run()  # what is made once
+                true, above = measured(run), (counted[phase] or 0) - held
+                lines.append(
+                    [f"{mode.name}: {phase}", f"{above / 2**20:.2f}", f"{true / 2**20:.2f}", f"{above / true:.3f}"]
+                )
+    title = "Most MiB above what is loaded: counted with fake tensors, and held by the CPU's allocator while it ran."
+    return write(folder, "validation", title, ["phase", "counted", "measured", "ratio"], lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures or counts, and writes tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/memory"), help="folder (outputs/memory)")
+    parser.add_argument("--count", action="store_true", help="count even where there is a GPU")
+    parser.add_argument("--tiny", action="store_true", help="a tiny architecture, to try the script")
+    parser.add_argument("--validate", action="store_true", help="compare the count with an allocator, on the CPU")
+    args = parser.parse_args(arguments)
+    if args.validate:
+        print(validate(args.output))
+        return
+    cuda = torch.cuda.is_available() and not args.count
+    where = (
+        f"measured on {torch.cuda.get_device_name()}" if cuda else "counted without a GPU, as allocations of its code"
+    )
+    print(report(args.output, rows(TINY if args.tiny else STABLE_DIFFUSION_15, cuda), where))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Runs that a larger job starts: what they depend on, whether they are done, going on with a cloak."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from antidreambooth.errors import InputError
+from antidreambooth.photos import find_photos, load_photos, write_json
+from antidreambooth.records import differences
+from launch.experiment import located
+
+Fit = Callable[[list[str]], None]  # the command line: a fit is what its user would have typed
+
+
+def cloak_photos(
+    done: Path, settings: dict[str, Any], how: str, given: dict[str, Any], fit: Fit, keep_models: bool = False
+) -> None:
+    """Cloaks somebody's photos, or goes on with it; does nothing where it is done.
+
+    Args:
+        done: the record that is there at the end, in the run's folder.
+        settings: what the result depends on.
+        how: config file of a cloaking run, and its flags, which come last.
+        given: further flags, which come before.
+        fit: runs a command line of this project.
+        keep_models: whether surrogates that were trained on the way are kept.
+    """
+    if finished(done, settings):
+        return
+    root, begun = done.parent, done.with_name("begun.json")
+    checkpoint = root / "checkpoints" / "last.ckpt"
+    going_on = checkpoint.is_file()
+    if going_on:
+        finished(begun, settings)
+    write_json(begun, {"settings": settings})
+    started = time.monotonic()
+    fit(command(how, {**given, "trainer.default_root_dir": root, **({"ckpt_path": "last"} if going_on else {})}))
+    made = {"seconds": time.monotonic() - started, "passes": passes_of(root)}
+    if not keep_models:
+        shutil.rmtree(root / "surrogates", ignore_errors=True)
+    write_json(done, {"settings": settings, **made, "complete": True})
+    checkpoint.unlink(missing_ok=True)
+    begun.unlink()
+
+
+def command(how: str, given: dict[str, Any]) -> list[str]:
+    """The command line of a config file and its flags, after the given ones."""
+    config, *flags = shlex.split(how)
+    return ["fit", f"--config={located(config)}", *(f"--{name}={value}" for name, value in given.items()), *flags]
+
+
+def passes_of(root: Path) -> dict[str, int]:
+    """Images that a cloaking run sent through networks, with those that trained its surrogates."""
+    parts = [root / "manifest.json", *root.glob("surrogates/*/surrogate.json")]
+    counts = Counter[str]()
+    for part in parts:
+        counts.update(json.loads(part.read_text(encoding="utf-8"))["passes"])
+    return dict(counts)
+
+
+@cache
+def contents(folder: str) -> list[str]:
+    """SHA-256 of each photo of a folder, all of which can be decoded."""
+    return [photo.sha256 for photo in load_photos(Path(folder), 8)]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each photo of a folder by name, without decoding: there may be ten thousand such folders."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in find_photos(folder)}
+
+
+def finished(record: Path, settings: dict[str, Any]) -> bool:
+    """Whether a run is done.
+
+    Raises:
+        InputError: it is done, but with other settings: the folder is another experiment's.
+    """
+    if not record.is_file():
+        return False
+    changed = differences(json.loads(record.read_text(encoding="utf-8"))["settings"], settings)
+    if changed:
+        raise InputError(
+            f"{record.parent} was made with other settings ({changed[0]}): delete that folder, or write to another one "
+            f"(a verdict's --name, people's --output, a run's --trainer.default_root_dir)"
+        )
+    return True

@@ -1,0 +1,154 @@
+"""The benchmarks count what they say they count, and run where there is no GPU."""
+
+import argparse
+import contextlib
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from antidreambooth.turns import Turn
+from benchmarks import gpu_speed, memory
+from benchmarks.aspl_speed import count, multiply, schedule, totals
+from benchmarks.counting import Counter, NoModules, cuda_autocast, fake, measured
+from benchmarks.host import waits
+from benchmarks.phases import PHASES, Mode, Round
+from benchmarks.sharding import Zero
+from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, TINY, build, counts
+from benchmarks.variants import VARIANTS, make_side, make_task
+
+TINY_RUN = argparse.Namespace(tiny=True, photos=3, micro_batch=2)
+
+
+def test_the_architecture_is_stable_diffusion_15():
+    assert counts(build(STABLE_DIFFUSION_15, "meta")) == (859_520_964, 83_653_863, 123_060_480)
+
+
+def test_the_counter_knows_what_is_held_and_what_is_let_go():
+    with fake():
+        held = torch.zeros(1000)
+        counter = Counter(held)
+
+        def run():
+            first = held + 1  # 4000 bytes each
+            second = first * 2
+            del first
+            third = second - 1
+            del second, third
+
+        assert counter.held() == 4000
+        assert counter.peak(run) == 4000 + 2 * 4000
+        assert counter.held() == 4000
+
+
+@pytest.mark.parametrize("mode", [Mode("", bf16=False), Mode("", checkpointing=True)], ids=["fp32", "checkpointing"])
+def test_the_count_agrees_with_the_allocator(mode):
+    with fake():
+        shapes = Round(TINY, mode, "cpu")
+        held, counted = shapes.counter.held(), shapes.peaks()
+    real = Round(TINY, mode, "cpu")
+    assert real.counter.held() == held
+    for phase, run in zip(PHASES, real.phases(), strict=True):
+        if phase in ("learn 1+1", "PGD 4"):
+            with real.autocast():
+                run()  # what is made once
+                assert counted[phase] == real.counter.peak(run)
+                assert counted[phase] - held == pytest.approx(measured(run), rel=0.05)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA")
+def test_the_cpus_autocast_keeps_for_the_backward_pass_what_cudas_keeps():
+    saved = []
+    for device in ("cpu", "cuda"):
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage()._cdata] = tensor  # which stays alive, so that numbers are not used again
+            return tensor
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(FakeTensorMode())
+            backbone = build(TINY, device)
+            image = torch.zeros(1, 3, 16, 16, device=device, requires_grad=True)
+            steps = torch.zeros(1, dtype=torch.long, device=device)
+            prompt = torch.zeros(1, 77, 16, device=device)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # there is no GPU that could choose another one
+            if device == "cpu":
+                stack.enter_context(cuda_autocast(True))
+            else:  # torch.autocast refuses where there is no GPU
+                stack.callback(torch.set_autocast_enabled, "cuda", False)
+                torch.set_autocast_enabled("cuda", True)
+                torch.set_autocast_dtype("cuda", torch.bfloat16)
+            latents = backbone.encode(image).mean
+            backbone.denoising_loss(latents, steps, torch.zeros_like(latents), prompt)
+            torch.clear_autocast_cache()
+        saved.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    assert saved[0] == pytest.approx(saved[1], rel=0.01)
+
+
+def test_zero_shares_out_what_it_says():
+    trained, frozen = 1000, 100
+    whole = Zero(2, 1, trained, frozen).peak(work=50, learns=True)
+    assert whole == 2 * 1100 + (4 + 4 + 8) * 1000 + max(2 * 2 * 1000 + 2 * 1000 + 50, 6 * 1000)
+    shared = Zero(2, 4, trained, frozen).peak(work=50, learns=True)
+    assert shared == 2 * 1100 + 16 * 250 + 2 * 2 * 1000 + 2 * 250 + 50
+    attacked = Zero(3, 4, trained, frozen).peak(work=50, learns=False)
+    assert attacked == 2 * 275 + 2 * 1100 + (4 + 4) * 250 + 50
+    away = Zero(2, 1, trained, frozen, offload=True)
+    assert away.peak(work=50, learns=False) == 2 * 1100 + 50
+    assert away.host == 20 * 1000
+
+
+def test_fsdp2_keeps_a_share_and_gathers_a_block():
+    encode, single = (memory.count(TINY, Mode("", ranks=ranks)) for ranks in (8, 1))
+    assert set(encode) == set(PHASES)
+    assert encode["learn 1"] < single["learn 1"]
+
+
+def test_the_table_says_which_card_is_large_enough(tmp_path):
+    peaks = dict.fromkeys(PHASES, 4 * memory.GIB) | {"PGD 4": 10 * memory.GIB}
+    unknown = dict.fromkeys(PHASES)
+    rows = [memory.Row("some", peaks, "counted"), memory.Row("none", unknown, "measured")]
+    text = memory.report(tmp_path, rows, "counted")
+    assert [memory.Row("some", peaks, "").fits(card) for card in memory.CARDS] == ["one by one", "yes", "yes"]
+    assert rows[1].cells().count("no") == 3
+    assert text == (tmp_path / "memory.md").read_text()
+    assert len((tmp_path / "memory.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(("variant", "number"), [("plain", 0), ("fp32", 1)])
+def test_operations_are_those_of_a_real_round(variant, number):
+    expected = totals(multiply(schedule(make_task(TINY_RUN, "meta")), count(make_task(TINY_RUN, "meta").backbone)))
+    task = make_task(TINY_RUN, "cpu")
+    side = make_side(VARIANTS[variant], task)
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = NoModules()  # its hooks forbid autograd.grad
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        side.round(task.photos, Turn(0))
+    assert counter.get_total_flops() == expected[number]
+
+
+def test_a_read_of_a_result_is_found_and_the_engine_has_none():
+    assert waits(lambda: torch.zeros(()).item(), "cpu").total() == 1
+    task = make_task(TINY_RUN, "cpu")
+    side = make_side(VARIANTS["bf16"], task)
+    assert not waits(lambda: side.round(task.photos, Turn(0)), "cpu")
+
+
+def test_the_speed_script_runs_anywhere(tmp_path, capsys):
+    gpu_speed.main(
+        ["--tiny", "--rounds=1", "--warm-up=0", "--variants=plain,channels-last", "--profile", f"--output={tmp_path}"]
+    )
+    printed = capsys.readouterr().out
+    for name in ("operations", "speed", "profile-channels-last"):
+        assert (tmp_path / f"{name}.md").read_text() in printed
+        assert (tmp_path / f"{name}.csv").is_file()
+
+
+def test_the_speed_script_names_the_variants_it_knows(capsys):
+    with pytest.raises(SystemExit):
+        gpu_speed.main(["--tiny", "--variants=fastest"])
+    assert "cuda-graphs" in capsys.readouterr().err
