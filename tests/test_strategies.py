@@ -23,6 +23,7 @@ from antidreambooth.objectives import Denoising
 from antidreambooth.perturbation import STEP, pixel_gradient
 from antidreambooth.photos import load_photos, to_float
 from antidreambooth.turns import Turn
+from cli import EXPECTED
 from datamodules import Protection
 from lightning_modules import ASPL
 from tests.conftest import ROOT
@@ -33,6 +34,13 @@ NAMES = list(STRATEGIES)
 # Where no rank has all weights, hooks around the modules change the order in which autograd adds up the gradients of
 # what is used several times: equal but for rounding, which AdamW's and PGD's signs then enlarge.
 ROUNDED = ("zero-3", "fsdp")
+
+
+def every_expected_warning(test):
+    """What the command line ignores, too."""
+    for message in EXPECTED:
+        test = pytest.mark.filterwarnings(f"ignore:{message}")(test)
+    return test
 
 
 class Several:
@@ -233,6 +241,7 @@ def test_a_victim_of_two_ranks_equals_one_process_that_draws_their_noise(started
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@every_expected_warning
 def test_what_two_ranks_wrote_one_goes_on_with(base, started, name, monkeypatch, tmp_path):
     """The record and the perturbation fit; from there on it is a run of one rank."""
     monkeypatch.setenv("PL_GLOBAL_SEED", str(SEED))
