@@ -193,7 +193,8 @@ def test_every_verdict_config_parses(config, tmp_path):
     assert experiment.name == config.stem
     assert list(experiment.everyone()) == names
     made = sum(how.split()[0].endswith(".yaml") for how in experiment.protections.values()) * len(experiment.budgets)
-    protections = 1 + len(experiment.budgets) + made  # none whatever the budget, noise, and what is made
+    noise = len(experiment.budgets) if "noise" in experiment.protections else 0
+    protections = 1 + noise + made  # none whatever the budget, noise, and what is made
     variants = protections * len(experiment.victims) * len(experiment.conditions)
     assert len(experiment.cells()) == len(names) * (1 + variants * len(experiment.victim_seeds))
     assert len(experiment.cloaks()) == len(names) * made
