@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks  # noqa: F401 (class names on the command line resolve to what is imported)
 import datamodules  # noqa: F401
@@ -25,6 +26,7 @@ from launch.people import people
 from launch.surrogates import train_surrogates
 from launch.verdict import verdict
 from lightning_modules import FSMG
+from lightning_modules.strategies import SUPPORTED
 
 TRAINER = {
     "enable_model_summary": False,
@@ -73,6 +75,17 @@ class CommandLine(LightningCLI):
         for backbone in (arguments.get("backbone"), *(arguments.get("ensemble.backbones") or [])):
             if backbone is not None and (notice := read_defaults(backbone).notice):
                 show(notice)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Says in one line what the trainer refuses, such as a GPU where there is none."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            if users_to_mend(error):
+                raise
+            reason = str(error).splitlines()[0].partition(". ")[0]
+            names = f"; --trainer.strategy is {SUPPORTED}" if "strategy" in reason else ""
+            raise InputError(f"the trainer refuses its settings (--trainer.*): {reason}{names}") from error
 
     def before_fit(self) -> None:
         """A method may need models that other fits train."""

@@ -66,8 +66,8 @@ class Row:
     host: int = 0
 
     def whole(self, photos: int) -> int | None:
-        """Most bytes of a round with prior preservation, and with so many photos at a time."""
-        parts = [self.peaks[phase] for phase in (f"encode {photos}", "learn 1+1", f"PGD {photos}")]
+        """Most bytes of a run with prior preservation and samples, and with so many photos at a time."""
+        parts = [self.peaks[phase] for phase in (f"encode {photos}", "learn 1+1", f"PGD {photos}", "sample 4")]
         return None if None in parts else max(part for part in parts if part is not None)
 
     def fits(self, card: int) -> str:
@@ -114,22 +114,24 @@ def zeros(trained: int, frozen: int) -> list[Zero]:
 
 def zero_peaks(zero: Zero, network: Peaks) -> Peaks:
     """Most bytes of a rank under ZeRO, whose networks by themselves were counted."""
-    loaded = 2 * (zero.trained + zero.frozen)
+    loaded = 4 * (zero.trained + zero.frozen)
     return {
-        phase: zero.peak((peak or 0) - loaded, learns=phase.startswith("learn"), borrows=not phase.startswith("encode"))
+        phase: zero.peak(
+            (peak or 0) - loaded, learns=phase.startswith("learn"), borrows=phase.startswith(("learn", "PGD"))
+        )
         for phase, peak in network.items()
     }
 
 
 def report(folder: Path, found: Iterable[Row], where: str) -> str:
     """Writes the table; returns it."""
-    header = ["peak GiB", *PHASES, "round", "one by one", *(f"{card} GB" for card in CARDS), "main memory", "how"]
+    header = ["peak GiB", *PHASES, "run", "one by one", *(f"{card} GB" for card in CARDS), "main memory", "how"]
     title = (
         f"Peak memory of a round of ASPL in GiB: {where}. torch {torch.__version__}. Learning takes steps of one "
         "instance image, or of one and a class image, while a copy of the weights is borrowed; encoding and PGD take "
-        f"4 photos, all at once or one by one. A card is large enough if it leaves {gib(RESERVE)} GiB for the CUDA "
-        "context, kernels' workspaces and fragmentation: for the round as it is, or for photos one by one "
-        "(micro_batch 1)."
+        "4 photos, all at once or one by one; class images and sample grids are drawn 4 at a time. A card is large "
+        f"enough if it leaves {gib(RESERVE)} GiB for the CUDA context, kernels' workspaces and fragmentation: for the "
+        "run as it is, or for photos one by one (micro_batch 1)."
     )
     return write(folder, "memory", title, header, [row.cells() for row in found])
 
@@ -165,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(validate(args.output))
         return
     cuda = torch.cuda.is_available() and not args.count
+    torch.set_num_threads(1)  # shapes are no work to share out, and threads that wait for one another are slow
     where = (
         f"measured on {torch.cuda.get_device_name()}" if cuda else "counted without a GPU, as allocations of its code"
     )

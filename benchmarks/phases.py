@@ -25,7 +25,7 @@ from benchmarks.stable_diffusion import Architecture, build, size
 from lightning_modules.borrowing import ShardedWeights
 
 PHOTOS, CLASS_IMAGES = 4, 200
-PHASES = ("encode 4", "encode 1", "learn 1", "learn 1+1", "PGD 4", "PGD 1")
+PHASES = ("encode 4", "encode 1", "learn 1", "learn 1+1", "PGD 4", "PGD 1", "sample 4")
 
 Peaks = dict[str, int | None]  # bytes by phase; None where the device had too little
 
@@ -40,7 +40,7 @@ class Mode:
         lora: whether a LoRA of the U-Net's attention learns, rather than all of U-Net and text encoder.
         checkpointing: whether activations are computed again in the backward pass.
         ranks: over which FSDP2 shares out the states.
-        network: DeepSpeed's networks in bf16 by themselves, without any optimizer: what ZeRO's states come on top of.
+        network: the networks by themselves, without any optimizer: what ZeRO's states come on top of.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Round:
 
     def __init__(self, architecture: Architecture, mode: Mode, device: str, mesh: DeviceMesh | None = None) -> None:
         self.mode, self.device = mode, device
-        self.backbone = build(architecture, device, torch.bfloat16 if mode.network else None)
+        self.backbone = build(architecture, device)
         adaptation = LoRA() if mode.lora else Full()
         # Two steps: at the second one there are moments, too.
         plain = DreamBooth(steps=2, gradient_checkpointing=mode.checkpointing, prior=PriorPreservation(weight=0.0))
@@ -83,8 +83,8 @@ class Round:
         return Weights(learned, optimizer)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The mode's precision; DeepSpeed casts the networks, so that nothing is kept in fp32 for their sake."""
-        if self.device == "cpu" and not self.mode.network:
+        """The mode's precision."""
+        if self.device == "cpu":
             return cuda_autocast(self.mode.bf16)
         return torch.autocast(self.device, torch.bfloat16, enabled=self.mode.bf16)
 
@@ -110,6 +110,16 @@ class Round:
         with surrogate.borrowed():
             PGD(steps=1, micro_batch=micro_batch)(surrogate, photos, photos, torch.Generator(self.device))
 
+    @torch.no_grad()
+    def sample(self, count: int) -> None:
+        """What of sampling takes most: a step with guidance and decoding. Its schedule needs tensors with content."""
+        backbone = self.backbone
+        text = backbone.embed(["a photo of a person"]).expand(2 * count, -1, -1)
+        noise = self.classes.mean[:1].expand(2 * count, -1, -1, -1)
+        step = torch.zeros((), dtype=torch.long, device=self.device)
+        latents = backbone.unet(noise, step, encoder_hidden_states=text).sample.chunk(2)[0]
+        backbone.vae.decode(latents / backbone.vae.config.scaling_factor)
+
     def phases(self) -> list[Callable[[], None]]:
         """Those of ``PHASES``."""
         return [
@@ -119,6 +129,7 @@ class Round:
             lambda: self.learn(True),
             lambda: self.attack(4),
             lambda: self.attack(1),
+            lambda: self.sample(4),
         ]
 
     def peaks(self) -> Peaks:

@@ -40,13 +40,13 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
 
 @dataclass(frozen=True)
 class Zero:
-    """DeepSpeed's ZeRO under bf16: bytes of one rank.
+    """DeepSpeed's ZeRO over fp32 networks, which compute in bf16 under autocast: bytes of one rank.
 
-    DeepSpeed keeps the networks in bf16 and shares out the fp32 masters of what learns, their AdamW moments, the copy
-    of the masters that a round borrows, and the gradients (bf16 until a step, which casts them).
+    DeepSpeed shares out the masters of what learns (a copy, though the networks are fp32, too), their AdamW moments,
+    the copy of the masters that a round borrows, and the gradients.
 
     Args:
-        stage: 2 (each rank has all bf16 weights) or 3 (it has its part, and gathers what it computes with).
+        stage: 2 (each rank has all weights) or 3 (it has its part, and gathers what it computes with).
         ranks: that share.
         trained: weights that learn.
         frozen: those that do not.
@@ -66,14 +66,14 @@ class Zero:
 
     @property
     def weights(self) -> int:
-        """bf16 weights, those that are gathered for a while included."""
+        """The networks' weights, those that are gathered for a while included."""
         everything = self.trained + self.frozen
-        return 2 * everything if self.stage == 2 else 2 * self.share(everything) + 2 * min(everything, LIVE)
+        return 4 * everything if self.stage == 2 else 4 * self.share(everything) + 4 * min(everything, LIVE)
 
     @property
     def buckets(self) -> int:
         """Gradients on their way: two buckets where they overlap with the backward pass (stage 2), one in stage 3."""
-        return 2 * min(self.trained, BUCKET) * (2 if self.stage == 2 else 1)
+        return 4 * min(self.trained, BUCKET) * (2 if self.stage == 2 else 1)
 
     @property
     def host(self) -> int:
@@ -93,8 +93,8 @@ class Zero:
         if not learns:
             return self.weights + masters + copy + work
         states = self.weights + masters + copy + 2 * masters  # two moments, each as large as the masters
-        reduced = 0 if self.offload else self.share(2 * self.trained)
-        backward, step = self.buckets + reduced + work, 3 * reduced  # 2 + 4 bytes: as reduced, and cast to fp32
+        reduced = 0 if self.offload else self.share(4 * self.trained)
+        backward, step = self.buckets + reduced + work, 2 * reduced  # as reduced, and flat for the optimizer
         return states + max(backward, step)
 
     def share(self, total: int) -> int:

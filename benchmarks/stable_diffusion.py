@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +143,7 @@ SCHEDULER = {
 }
 
 
-def build(architecture: Architecture, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Backbone:
+def build(architecture: Architecture, device: str | torch.device = "cpu") -> Backbone:
     """A backbone with random weights, which cost what trained ones cost.
 
     Inside ``FakeTensorMode``, or on the ``meta`` device, it has shapes only and takes no memory.
@@ -153,16 +151,14 @@ def build(architecture: Architecture, device: str | torch.device = "cpu", dtype:
     Args:
         architecture: what to build.
         device: where.
-        dtype: of the weights; fp32 when not given.
     """
-    with default_dtype(dtype or torch.float32):
-        with torch.device(device):
-            unet = UNet2DConditionModel.from_config(architecture.unet)
-            vae = AutoencoderKL.from_config(architecture.vae)
-            text_encoder = CLIPTextModel(CLIPTextConfig(**architecture.text_encoder))
-        # The embedded model's words: fewer, but a prompt costs the same whatever it says.
-        tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", model_max_length=LENGTH)
-        backbone = Backbone(unet, vae, text_encoder, tokenizer, DDPMScheduler.from_config(SCHEDULER))
+    with torch.device(device):
+        unet = UNet2DConditionModel.from_config(architecture.unet)
+        vae = AutoencoderKL.from_config(architecture.vae)
+        text_encoder = CLIPTextModel(CLIPTextConfig(**architecture.text_encoder))
+    # The embedded model's words: fewer, but a prompt costs the same whatever it says.
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", model_max_length=LENGTH)
+    backbone = Backbone(unet, vae, text_encoder, tokenizer, DDPMScheduler.from_config(SCHEDULER))
     backbone.alphas_cumprod = backbone.alphas_cumprod.to(device)
     if architecture.parameters:
         assert counts(backbone) == architecture.parameters, counts(backbone)
@@ -178,14 +174,3 @@ def counts(backbone: Backbone) -> tuple[int, int, int]:
 def size(module: nn.Module) -> int:
     """A module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """What new tensors are inside."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -54,7 +54,7 @@ def share_out(
 
 
 def work(tasks: Sequence[Task], share: str, logs: Path) -> None:
-    """A job's part: every JOBS-th task. Base models and class images' latents stay in memory from one to the next.
+    """A job's part, see ``part``. Base models and class images' latents stay in memory from one to the next.
 
     Args:
         tasks: of all jobs.
@@ -63,7 +63,7 @@ def work(tasks: Sequence[Task], share: str, logs: Path) -> None:
     """
     number, jobs = map(int, share.split("/"))
     with kept_in_memory():
-        for task in tasks[number::jobs]:
+        for task in part(tasks, number, jobs):
             try:
                 task.run()
             except (Exception, SystemExit) as error:
@@ -74,6 +74,11 @@ def work(tasks: Sequence[Task], share: str, logs: Path) -> None:
                 text = f"{reason.splitlines()[0]} (more in {logs})"
                 write_atomically(failure(task.record.parent), text.encode())
             gc.collect()
+
+
+def part(tasks: Sequence[Task], number: int, jobs: int) -> list[Task]:
+    """One of every JOBS tasks in a row, not always in the same place: every second one may cost most."""
+    return [task for place, task in enumerate(tasks) if (place + place // jobs) % jobs == number]
 
 
 def failure(folder: Path) -> Path:
@@ -88,5 +93,11 @@ def failures(records: Sequence[Path]) -> dict[str, str]:
 
 
 def counter(records: Sequence[Path]) -> Callable[[], int]:
-    """Counts those that are there."""
-    return lambda: sum(record.is_file() for record in records)
+    """Counts those that are there, and looks only for those that were not there before: there may be ten thousand."""
+    missing = set(records)
+
+    def count() -> int:
+        missing.difference_update([record for record in missing if record.is_file()])
+        return len(records) - len(missing)
+
+    return count

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -54,6 +55,12 @@ class DeepSpeed(DeepSpeedStrategy):
         )
         if offload_optimizer:
             self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW serves there, too, and is what we test
+
+    def setup_environment(self) -> None:
+        """Refuses a CPU, as Lightning does."""
+        if not isinstance(self.accelerator, CUDAAccelerator):
+            raise InputError("DeepSpeed needs GPUs: processes on CPUs use --trainer.strategy ddp, or FSDP2")
+        super().setup_environment()
 
     @property
     def precision_plugin(self) -> Any:

@@ -95,13 +95,13 @@ def test_the_cpus_autocast_keeps_for_the_backward_pass_what_cudas_keeps():
 def test_zero_shares_out_what_it_says():
     trained, frozen = 1000, 100
     whole = Zero(2, 1, trained, frozen).peak(work=50, learns=True)
-    assert whole == 2 * 1100 + (4 + 4 + 8) * 1000 + max(2 * 2 * 1000 + 2 * 1000 + 50, 6 * 1000)
+    assert whole == 4 * 1100 + (4 + 4 + 8) * 1000 + max(2 * 4 * 1000 + 4 * 1000 + 50, 8 * 1000)
     shared = Zero(2, 4, trained, frozen).peak(work=50, learns=True)
-    assert shared == 2 * 1100 + 16 * 250 + 2 * 2 * 1000 + 2 * 250 + 50
+    assert shared == 4 * 1100 + 16 * 250 + 2 * 4 * 1000 + 4 * 250 + 50
     attacked = Zero(3, 4, trained, frozen).peak(work=50, learns=False)
-    assert attacked == 2 * 275 + 2 * 1100 + (4 + 4) * 250 + 50
+    assert attacked == 4 * 275 + 4 * 1100 + (4 + 4) * 250 + 50
     away = Zero(2, 1, trained, frozen, offload=True)
-    assert away.peak(work=50, learns=False) == 2 * 1100 + 50
+    assert away.peak(work=50, learns=False) == 4 * 1100 + 50
     assert away.host == 20 * 1000
 
 

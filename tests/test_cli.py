@@ -290,6 +290,16 @@ def test_two_ranks_hold_the_same_perturbation_and_weights(command, tmp_path, nam
     assert cloaked[0] != cloaked[1]  # the second rank's gradient counts
 
 
+def test_a_bar_that_one_rank_has_to_itself_sends_no_messages(command, tmp_path):
+    """Lightning's own, which is there where a config names no other, reads what is logged on the first rank alone."""
+    callbacks = "--trainer.callbacks=tests.rank_hashes.RankHashes"
+    process = start(command("--trainer.devices=2", "--trainer.strategy=ddp", callbacks))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    first, second = ((tmp_path / "out" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+
+
 def test_an_ensemble_under_plain_ddp_is_refused(command, capsys):
     arguments = command("--trainer.devices=2", "--trainer.strategy=ddp", config=ROOT / "configs" / "e-aspl.yaml")
     process = start(arguments)
@@ -435,6 +445,9 @@ def test_a_bad_folder_is_named(command, tmp_path, capsys, name, fix):
     ("flag", "message"),
     [
         ("--trainer.precision=bf16-true", "keeps fp32 weights"),
+        ("--trainer.devices=0", "'0'"),
+        ("--trainer.strategy=no_such", "--trainer.strategy is auto (one device), ddp"),
+        ('--trainer.strategy={"class_path": "DeepSpeed"}', "needs GPUs"),
         ("--model.budget=0", "8-bit steps"),
         ("--model.backbone=./nowhere", "no folder here"),
     ],

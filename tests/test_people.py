@@ -41,6 +41,16 @@ def _nothing_of_pytests(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cli.py"])
 
 
+def test_shares_are_everything_once_and_no_job_has_every_second_task():
+    tasks = [launch.tasks.Task(Path(str(place)), print) for place in range(11)]
+    for jobs in (1, 2, 3, 4, 20):
+        parts = [launch.tasks.part(tasks, number, jobs) for number in range(jobs)]
+        assert sorted(task for part in parts for task in part) == sorted(tasks)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for part in (launch.tasks.part(tasks, number, 2) for number in (0, 1)):
+        assert {tasks.index(task) % 2 for task in part} == {0, 1}
+
+
 def make_photos(folder: Path, count: int, seed: int) -> Path:
     folder.mkdir(parents=True)
     for index, pixels in enumerate(random_images(count, 16, seed)):
