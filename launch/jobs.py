@@ -93,7 +93,10 @@ def _job(command: list[str], environment: dict[str, str] | None) -> Callable[[],
         number: int | None = None  # of the process
 
         def __call__(self) -> None:
-            with subprocess.Popen(command, env=environment) as process:  # noqa: S603
+            variables = dict(environment or os.environ)
+            if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
+                variables.setdefault("OMP_NUM_THREADS", cores)  # torch would count all of the node's
+            with subprocess.Popen(command, env=variables) as process:  # noqa: S603
                 self.number = process.pid
                 try:
                     process.wait()

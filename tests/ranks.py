@@ -40,7 +40,7 @@ class DeepSpeedCPU(DeepSpeed):
 
 
 STRATEGIES = {
-    "ddp": lambda: DDPStrategy(broadcast_buffers=False),
+    "ddp": lambda: DDPStrategy(forward_sync_buffers=False),
     "zero-1": lambda: DeepSpeedCPU(stage=1),
     "zero-2": lambda: DeepSpeedCPU(stage=2),
     "zero-3": lambda: DeepSpeedCPU(stage=3),

@@ -654,6 +654,18 @@ def test_local_jobs_share_cores_and_gpus(monkeypatch):
     assert launch.jobs._environment(Launcher(cluster="slurm"), 1, 3) is None  # SLURM's own, on its machine
 
 
+def test_a_task_of_a_cluster_takes_no_more_cores_than_it_was_given(tmp_path, monkeypatch):
+    code = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['OMP_NUM_THREADS'])"
+    command = [sys.executable, "-c", code, str(tmp_path / "threads")]
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    for own, expected in ((None, "3"), ("2", "2")):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if own:
+            monkeypatch.setenv("OMP_NUM_THREADS", own)
+        launch.jobs._job(command, None)()
+        assert (tmp_path / "threads").read_text() == expected
+
+
 def test_jobs_get_their_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "99")
     code = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['OMP_NUM_THREADS'])"
