@@ -1,5 +1,6 @@
 """A random Stable Diffusion, so small that a round takes milliseconds, and a few synthetic photos."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,12 @@ def _own_cache_and_offline(monkeypatch, tmp_path_factory):
     """No test reads or fills the user's cache, and none asks the hub."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c():
+    """Means the same where the tests run in the background, whose processes a shell tells to ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

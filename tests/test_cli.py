@@ -17,8 +17,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import antidreambooth
+from antidreambooth.adaptations import Full
 from antidreambooth.dreambooth import DreamBooth, PriorPreservation
+from antidreambooth.loading import load_backbone
 from antidreambooth.methods import METHODS
+from antidreambooth.photos import load_photos
 from antidreambooth.records import slug
 from cli import main, show
 from tests.conftest import ROOT
@@ -290,14 +293,22 @@ def test_two_ranks_hold_the_same_perturbation_and_weights(command, tmp_path, nam
     assert cloaked[0] != cloaked[1]  # the second rank's gradient counts
 
 
-def test_a_bar_that_one_rank_has_to_itself_sends_no_messages(command, tmp_path):
-    """Lightning's own, which is there where a config names no other, reads what is logged on the first rank alone."""
-    callbacks = "--trainer.callbacks=tests.rank_hashes.RankHashes"
-    process = start(command("--trainer.devices=2", "--trainer.strategy=ddp", callbacks))
+def test_ranks_send_gradients_and_losses_and_nothing_else(command, small_model, photos, tmp_path):
+    """With Lightning's own bar, too, which is there where a config names no other, on the first rank alone."""
+    callbacks = "--trainer.callbacks=[{class_path: tests.rank_hashes.RankHashes}, {class_path: benchmarks.watch.Watch}]"
+    watch = f"--trainer.callbacks.file={tmp_path / 'seen.json'}"
+    ddp = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"forward_sync_buffers": False}}
+    process = start(command("--trainer.devices=2", f"--trainer.strategy={json.dumps(ddp)}", callbacks, watch))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     first, second = ((tmp_path / "out" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
+    backbone = load_backbone(str(small_model))
+    Full().apply(backbone, Full().surrogate(DreamBooth(), backbone.defaults), seed=0)
+    weights = sum(parameter.numel() for parameter in backbone.learned())
+    seen = json.loads((tmp_path / "seen.json").read_text())["collectives"]
+    assert seen["all_reduce"]["bytes"] == 4 * (6 * weights + 6 * len(load_photos(photos, 16)) * 3 * 16 * 16 + 3)
+    assert "barrier" not in seen
 
 
 def test_an_ensemble_under_plain_ddp_is_refused(command, capsys):
@@ -447,7 +458,6 @@ def test_a_bad_folder_is_named(command, tmp_path, capsys, name, fix):
         ("--trainer.precision=bf16-true", "keeps fp32 weights"),
         ("--trainer.devices=0", "'0'"),
         ("--trainer.strategy=no_such", "--trainer.strategy is auto (one device), ddp"),
-        ('--trainer.strategy={"class_path": "DeepSpeed"}', "needs GPUs"),
         ("--model.budget=0", "8-bit steps"),
         ("--model.backbone=./nowhere", "no folder here"),
     ],
@@ -478,12 +488,12 @@ def test_a_folder_that_cannot_be_written_is_found_first(command, tmp_path, monke
 def test_a_full_disk_is_found_first(command, tmp_path, monkeypatch, capsys):
     main(command())
     before = files(tmp_path / "out")
-    monkeypatch.setattr("callbacks.room.shutil.disk_usage", lambda _: os.terminal_size((0, 0)) and Full)
+    monkeypatch.setattr("callbacks.room.shutil.disk_usage", lambda _: FullDisk)
     refused(command("--model.budget=4"), "free", capsys)
     assert files(tmp_path / "out") == before
 
 
-class Full:
+class FullDisk:
     """A disk with nothing left."""
 
     free = 0

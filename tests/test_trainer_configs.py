@@ -47,6 +47,13 @@ def test_a_strategy_that_nobody_tried_is_refused(made):
         check(made())
 
 
+def test_deepspeed_wants_gpus(tmp_path):
+    flags = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    trainer = Trainer(strategy=DeepSpeed(), default_root_dir=tmp_path, **flags)
+    with pytest.raises(InputError, match="DeepSpeed needs GPUs"):
+        trainer.strategy.setup_environment()
+
+
 def test_the_others_are_let_through(tmp_path):
     for strategy in (DDPStrategy(), DeepSpeed(stage=3), FSDP2()):
         check(strategy)
