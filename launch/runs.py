@@ -39,11 +39,16 @@ def cloak_photos(
     root, begun = done.parent, done.with_name("begun.json")
     checkpoint = root / "checkpoints" / "last.ckpt"
     going_on = checkpoint.is_file()
-    if going_on:
-        finished(begun, settings)
-    write_json(begun, {"settings": settings})
-    started = time.monotonic()
-    fit(command(how, {**given, "trainer.default_root_dir": root, **({"ckpt_path": "last"} if going_on else {})}))
+    before = 0.0  # seconds of earlier starts
+    if going_on and finished(begun, settings):
+        before = json.loads(begun.read_text(encoding="utf-8")).get("seconds", 0.0)
+    started = time.monotonic() - before
+    write_json(begun, {"settings": settings, "seconds": before})
+    try:
+        fit(command(how, {**given, "trainer.default_root_dir": root, **({"ckpt_path": "last"} if going_on else {})}))
+    except BaseException:
+        write_json(begun, {"settings": settings, "seconds": time.monotonic() - started})
+        raise
     made = {"seconds": time.monotonic() - started, "passes": passes_of(root)}
     if not keep_models:
         shutil.rmtree(root / "surrogates", ignore_errors=True)

@@ -16,10 +16,12 @@ from PIL import Image
 import launch.tasks
 import lightning_modules.backbone_module
 from antidreambooth.memory import kept_in_memory, remembered
+from antidreambooth.photos import write_json
 from antidreambooth.records import differences
 from cli import main
 from launch.crowd import People
 from launch.people import parser, read_people
+from launch.runs import cloak_photos
 from lightning_modules import ASPL
 from tests.conftest import ROOT, contents, random_images
 
@@ -49,6 +51,29 @@ def test_shares_are_everything_once_and_no_job_has_every_second_task():
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
     for part in (launch.tasks.part(tasks, number, 2) for number in (0, 1)):
         assert {tasks.index(task) % 2 for task in part} == {0, 1}
+
+
+def test_the_seconds_are_those_of_all_starts(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("launch.runs.time.monotonic", lambda: now[0])
+    done = tmp_path / "ann" / "done.json"
+
+    def fit(words):
+        going_on = "--ckpt_path=last" in words
+        now[0] += 5.0 if going_on else 30.0
+        write_json(done.with_name("manifest.json"), {"passes": {}})
+        (done.parent / "checkpoints").mkdir(exist_ok=True)
+        (done.parent / "checkpoints" / "last.ckpt").touch()
+        if not going_on:
+            raise SystemExit(143)
+
+    done.parent.mkdir()
+    with pytest.raises(SystemExit):
+        cloak_photos(done, {"seed": 0}, "configs/aspl.yaml", {}, fit)
+    now[0] += 1000.0  # in the queue
+    cloak_photos(done, {"seed": 0}, "configs/aspl.yaml", {}, fit)
+    assert json.loads(done.read_text())["seconds"] == 35.0
+    assert not done.with_name("begun.json").exists()
 
 
 def make_photos(folder: Path, count: int, seed: int) -> Path:
