@@ -1,4 +1,4 @@
-"""Peak memory of each part of a round of ASPL, for Stable Diffusion 1.5's size at 512 pixels, in every mode.
+"""Peak memory of each part of a run of ASPL, for Stable Diffusion 1.5's size at 512 pixels, in every mode.
 
     python benchmarks/memory.py                 # measured where there is a GPU, counted where there is none
     python benchmarks/memory.py --count         # counted in any case
@@ -127,7 +127,7 @@ def report(folder: Path, found: Iterable[Row], where: str) -> str:
     """Writes the table; returns it."""
     header = ["peak GiB", *PHASES, "run", "one by one", *(f"{card} GB" for card in CARDS), "main memory", "how"]
     title = (
-        f"Peak memory of a round of ASPL in GiB: {where}. torch {torch.__version__}. Learning takes steps of one "
+        f"Peak memory of a run of ASPL in GiB: {where}. torch {torch.__version__}. Learning takes steps of one "
         "instance image, or of one and a class image, while a copy of the weights is borrowed; encoding and PGD take "
         "4 photos, all at once or one by one; class images and sample grids are drawn 4 at a time. A card is large "
         f"enough if it leaves {gib(RESERVE)} GiB for the CUDA context, kernels' workspaces and fragmentation: for the "

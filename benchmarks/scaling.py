@@ -28,6 +28,7 @@ from antidreambooth.photos import find_photos
 from benchmarks.tables import write
 
 ROOT = Path(__file__).parents[1]
+PHOTOS = ROOT / "examples" / "photos"
 STRATEGIES = {  # of two processes, whose messages are counted
     "DDP": {
         "class_path": "lightning.pytorch.strategies.DDPStrategy",
@@ -80,10 +81,10 @@ def rounds(cores: Sequence[int], strategy: str, count: int) -> tuple[list[float]
 def protected(workers: int, people: int, count: int) -> float:
     """People per hour of a worker on one core, or of two on two, start and end included."""
     with tempfile.TemporaryDirectory() as name:
-        folder, photos = Path(name), find_photos(ROOT / "examples" / "photos")
+        folder = Path(name)
         for number in range(people):
             (folder / "people" / f"{number}").mkdir(parents=True)
-            for photo in photos:
+            for photo in find_photos(PHOTOS):
                 (folder / "people" / f"{number}" / photo.name).symlink_to(photo)
         words = ["people", "-c=configs/people.yaml", f"--folder={folder / 'people'}", f"--output={folder / 'out'}"]
         words += [f"--launcher.workers={workers}", f"--protection=configs/aspl.yaml --trainer.max_epochs={count}"]
@@ -131,8 +132,8 @@ def report_people(args: argparse.Namespace) -> str:
             rates[workers].append(protected(workers, args.people, args.rounds_each))
     rows = [[str(n), spread(r, 1), f"{median(r) / median(rates[1]):.2f}"] for n, r in rates.items()]
     title = (
-        f"People per hour, {args.people} of them with 3 photos and {args.rounds_each} rounds each, a core for each "
-        f"worker; whole commands, {args.repeats} times."
+        f"People per hour, {args.people} of them with {len(find_photos(PHOTOS))} photos and {args.rounds_each} rounds "
+        f"each, a core for each worker; whole commands, {args.repeats} times."
     )
     return write(args.output, "people", title, ["workers", "people/h (min-max)", "against 1"], rows)
 
