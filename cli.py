@@ -19,14 +19,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks  # noqa: F401 (class names on the command line resolve to what is imported)
 import datamodules  # noqa: F401
+from antidreambooth.diffusion.loading import read_defaults
+from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.errors import InputError
-from antidreambooth.loading import read_defaults
-from antidreambooth.precision import computes_in_bf16
-from launch.people import people
-from launch.surrogates import train_surrogates
-from launch.verdict import verdict
+from launch.fsmg_surrogates import train_surrogates
+from launch.people.command import people
+from launch.verdict.command import verdict
 from lightning_modules import FSMG
-from lightning_modules.strategies import SUPPORTED
+from lightning_modules.running.strategies import SUPPORTED
 
 TRAINER = {
     "enable_model_summary": False,

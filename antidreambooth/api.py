@@ -10,20 +10,21 @@ from PIL import Image
 from torch import Tensor
 from torch.optim import AdamW
 
-from antidreambooth.adaptations import Full
-from antidreambooth.backbone import Backbone, Posterior
-from antidreambooth.class_images import Progress, class_images
-from antidreambooth.dreambooth import DreamBooth
+from antidreambooth.attack.methods import METHODS
+from antidreambooth.attack.perturbation import PGD
+from antidreambooth.attack.rounds import alternate
+from antidreambooth.attack.surrogates import Alternating, Fixed, Surrogate
+from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.class_images import Progress, class_images
+from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.precision import computes_in_bf16
+from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
-from antidreambooth.loading import load_backbone, resolution_of
-from antidreambooth.methods import METHODS
-from antidreambooth.perturbation import PGD
-from antidreambooth.photos import flatten, square, to_8bit, to_float
-from antidreambooth.precision import computes_in_bf16
-from antidreambooth.rounds import alternate
-from antidreambooth.surrogates import Alternating, Fixed, Surrogate
-from antidreambooth.turns import Turn
-from antidreambooth.weights import Weights
+from antidreambooth.finetuning.dreambooth import DreamBooth
+from antidreambooth.finetuning.full import Full
+from antidreambooth.finetuning.weights import Weights
+from antidreambooth.photos.decoding import flatten, square, to_float
+from antidreambooth.photos.delivery import to_8bit
 
 log = logging.getLogger("antidreambooth")
 
@@ -111,7 +112,7 @@ def _classes(backbone: Backbone, side: int, micro_batch: int, progress: Progress
 def _alternating(backbone: Backbone, clean: Tensor, classes: Posterior | None, micro_batch: int) -> Alternating:
     """A base model that learns a little in every round."""
     adaptation = Full()
-    training = adaptation.surrogate(DreamBooth(), backbone.defaults)
+    training = adaptation.surrogate_settings(DreamBooth(), backbone.defaults)
     adaptation.apply(backbone, training, seed=0)
     assert training.learning_rate is not None
     learned = backbone.learned()

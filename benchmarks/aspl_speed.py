@@ -30,18 +30,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
-from antidreambooth.adaptations import Full
-from antidreambooth.backbone import Backbone
-from antidreambooth.defaults import given
-from antidreambooth.dreambooth import DreamBooth
-from antidreambooth.loading import load_backbone
-from antidreambooth.perturbation import PGD, STEP
-from antidreambooth.photos import load_photos, to_float
-from antidreambooth.precision import computes_in_bf16
-from antidreambooth.rounds import Outcome, alternate
-from antidreambooth.surrogates import Alternating
-from antidreambooth.turns import Turn
-from antidreambooth.weights import Weights
+from antidreambooth.attack.perturbation import PGD, STEP
+from antidreambooth.attack.rounds import Outcome, alternate
+from antidreambooth.attack.surrogates import Alternating
+from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.defaults import given
+from antidreambooth.diffusion.loading import load_backbone
+from antidreambooth.diffusion.precision import computes_in_bf16
+from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.finetuning.dreambooth import DreamBooth
+from antidreambooth.finetuning.full import Full
+from antidreambooth.finetuning.weights import Weights
+from antidreambooth.photos.decoding import load_photos, to_float
 from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, build
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"

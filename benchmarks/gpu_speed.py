@@ -26,8 +26,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from antidreambooth.rounds import Outcome
-from antidreambooth.turns import Turn
+from antidreambooth.attack.rounds import Outcome
+from antidreambooth.diffusion.seeding import Turn
 from benchmarks.aspl_speed import PARTS, Operations, Ours, Plain, count, multiply, schedule, totals
 from benchmarks.host import waits
 from benchmarks.tables import write

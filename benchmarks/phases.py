@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import SGD, AdamW, Optimizer
 
-from antidreambooth.adaptations import Full, LoRA
-from antidreambooth.backbone import Posterior
-from antidreambooth.dreambooth import DreamBooth, PriorPreservation
-from antidreambooth.perturbation import PGD
-from antidreambooth.surrogates import Alternating
-from antidreambooth.turns import Turn
-from antidreambooth.weights import Weights
+from antidreambooth.attack.perturbation import PGD
+from antidreambooth.attack.surrogates import Alternating
+from antidreambooth.diffusion.backbone import Posterior
+from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
+from antidreambooth.finetuning.full import Full
+from antidreambooth.finetuning.lora import LoRA
+from antidreambooth.finetuning.weights import Weights
 from benchmarks.counting import Counter, cuda_autocast, fake
 from benchmarks.sharding import fake_ranks, let_go, shard
 from benchmarks.stable_diffusion import Architecture, build, size
-from lightning_modules.borrowing import ShardedWeights
+from lightning_modules.running.borrowing import ShardedWeights
 
 PHOTOS, CLASS_IMAGES = 4, 200
 PHASES = ("encode 4", "encode 1", "learn 1", "learn 1+1", "PGD 4", "PGD 1", "sample 4")
@@ -60,8 +61,8 @@ class Round:
         adaptation = LoRA() if mode.lora else Full()
         # Two steps: at the second one there are moments, too.
         plain = DreamBooth(steps=2, gradient_checkpointing=mode.checkpointing, prior=PriorPreservation(weight=0.0))
-        self.alone = adaptation.surrogate(plain, self.backbone.defaults)
-        self.with_prior = adaptation.surrogate(DreamBooth(steps=2), self.backbone.defaults)
+        self.alone = adaptation.surrogate_settings(plain, self.backbone.defaults)
+        self.with_prior = adaptation.surrogate_settings(DreamBooth(steps=2), self.backbone.defaults)
         adaptation.apply(self.backbone, self.alone, seed=0)
         if mesh:
             shard(self.backbone, mesh)

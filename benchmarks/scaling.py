@@ -24,7 +24,7 @@ from statistics import median
 
 from tqdm import tqdm
 
-from antidreambooth.photos import find_photos
+from antidreambooth.photos.decoding import find_photos
 from benchmarks.tables import write
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +34,8 @@ STRATEGIES = {  # of two processes, whose messages are counted
         "class_path": "lightning.pytorch.strategies.DDPStrategy",
         "init_args": {"forward_sync_buffers": False},
     },
-    "ZeRO-2": {"class_path": "tests.ranks.DeepSpeedCPU", "init_args": {"stage": 2}},
-    "ZeRO-3": {"class_path": "tests.ranks.DeepSpeedCPU", "init_args": {"stage": 3}},
+    "ZeRO-2": {"class_path": "tests.lightning_modules.ranks.DeepSpeedCPU", "init_args": {"stage": 2}},
+    "ZeRO-3": {"class_path": "tests.lightning_modules.ranks.DeepSpeedCPU", "init_args": {"stage": 3}},
     "FSDP2": {"class_path": "FSDP2"},
 }
 KINDS = ("all_reduce", "all_gather", "broadcast", "barrier")  # gloo scatters what it has reduced everywhere

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from antidreambooth.backbone import Backbone
-from lightning_modules.sharding import blocks
+from antidreambooth.diffusion.backbone import Backbone
+from lightning_modules.running.sharding import blocks
 
 BUCKET = 200_000_000  # values that are reduced at a time: Lightning's default for DeepSpeed
 LIVE = 1_000_000_000  # weights that stage 3 keeps gathered at most: DeepSpeed's default

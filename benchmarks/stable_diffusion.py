@@ -10,8 +10,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from antidreambooth.backbone import Backbone
-from antidreambooth.loading import EMBEDDED
+from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.families.stable_diffusion import StableDiffusion
+from antidreambooth.diffusion.loading import EMBEDDED
 
 LENGTH = 77  # of a prompt, in tokens
 
@@ -158,7 +159,7 @@ def build(architecture: Architecture, device: str | torch.device = "cpu") -> Bac
         text_encoder = CLIPTextModel(CLIPTextConfig(**architecture.text_encoder))
     # The embedded model's words: fewer, but a prompt costs the same whatever it says.
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", model_max_length=LENGTH)
-    backbone = Backbone(unet, vae, text_encoder, tokenizer, DDPMScheduler.from_config(SCHEDULER))
+    backbone = StableDiffusion(unet, vae, text_encoder, tokenizer, DDPMScheduler.from_config(SCHEDULER))
     backbone.alphas_cumprod = backbone.alphas_cumprod.to(device)
     if architecture.parameters:
         assert counts(backbone) == architecture.parameters, counts(backbone)

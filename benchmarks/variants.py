@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from antidreambooth.dreambooth import DreamBooth
-from antidreambooth.perturbation import PGD
+from antidreambooth.attack.perturbation import PGD
+from antidreambooth.finetuning.dreambooth import DreamBooth
 from benchmarks.aspl_speed import CLASS_IMAGES, Ours, Plain, Task
 from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, TINY, build
 

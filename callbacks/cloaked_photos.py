@@ -12,11 +12,13 @@ from torch import Tensor
 
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.quality import cloak_quality
-from antidreambooth.photos import Photo, cloaked_names, to_8bit, to_float, write_json, write_png
-from antidreambooth.records import versions
+from antidreambooth.files import write_json
+from antidreambooth.photos.decoding import Photo, to_float
+from antidreambooth.photos.delivery import cloaked_names, to_8bit, write_png
+from antidreambooth.provenance import versions
 from callbacks.comparison import comparison
-from callbacks.pictures import show
-from callbacks.room import require_room, require_writable
+from callbacks.disk_space import require_room, require_writable
+from callbacks.show import show
 
 
 class CloakedPhotos(Callback):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from antidreambooth.photos import write_atomically, write_json, write_png
-from callbacks.pictures import show
-from callbacks.room import require_writable
+from antidreambooth.files import write_atomically, write_json
+from antidreambooth.photos.delivery import write_png
+from callbacks.disk_space import require_writable
+from callbacks.show import show
 
 
 class Likeness(Callback):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from antidreambooth.sampling import noise_of, sample
-from callbacks.pictures import show
+from antidreambooth.diffusion.sampling import noise_of, sample
+from callbacks.show import show
 
 
 class SampleGrid(Callback):

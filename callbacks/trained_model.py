@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from antidreambooth.photos import write_json
-from antidreambooth.records import versions
-from callbacks.room import require_room, require_writable
+from antidreambooth.files import write_json
+from antidreambooth.provenance import versions
+from callbacks.disk_space import require_room, require_writable
 
 
 class TrainedModel(Callback):

@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from antidreambooth.errors import InputError
-from antidreambooth.pictures import Pictures, read_pictures
+from antidreambooth.photos.captioned import Pictures, read_pictures
 
 
 class Captioned(LightningDataModule):

@@ -9,8 +9,8 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from antidreambooth.photos import Photo, load_photos, to_float
-from antidreambooth.rounds import Photos
+from antidreambooth.attack.rounds import Photos
+from antidreambooth.photos.decoding import Photo, load_photos, to_float
 
 
 class Protection(LightningDataModule):

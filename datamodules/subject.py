@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from antidreambooth.errors import InputError
-from antidreambooth.photos import Photo, load_photos
+from antidreambooth.photos.decoding import Photo, load_photos
 
 
 class Subject(LightningDataModule):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import submitit
@@ -18,11 +19,27 @@ from submitit.core.utils import DelayedSubmission
 from tqdm import tqdm
 
 from antidreambooth.errors import InputError
-from launch.experiment import Launcher
 
 POLL = 2.0  # seconds between two looks at what is finished
 GRACE = 10.0  # seconds that cancelled jobs of this machine have to end
 NEVER = 366 * 24 * 60  # minutes
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Where jobs run, through submitit.
+
+    Args:
+        cluster: ``local`` or ``slurm``.
+        workers: jobs at a time; for ``local`` one for each GPU or CPU core when not given.
+        timeout_min: of a SLURM job, in minutes; run the same command again for what was not finished.
+        parameters: further ones of submitit, such as ``slurm_partition`` or ``gpus_per_node``.
+    """
+
+    cluster: str = "local"
+    workers: int | None = None
+    timeout_min: int = 24 * 60
+    parameters: dict[str, str | int] = field(default_factory=dict)
 
 
 def workers_of(launcher: Launcher) -> int:

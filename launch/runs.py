@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from antidreambooth.errors import InputError
-from antidreambooth.photos import find_photos, load_photos, write_json
-from antidreambooth.records import differences
-from launch.experiment import located
+from antidreambooth.files import write_json
+from antidreambooth.photos.decoding import find_photos, load_photos
+from antidreambooth.provenance import differences
 
 Fit = Callable[[list[str]], None]  # the command line: a fit is what its user would have typed
 
@@ -98,3 +98,14 @@ def finished(record: Path, settings: dict[str, Any]) -> bool:
             f"(a verdict's --name, people's --output, a run's --trainer.default_root_dir)"
         )
     return True
+
+
+def is_config(text: str) -> bool:
+    """Whether this names a config file."""
+    return text.endswith((".yaml", ".yml"))
+
+
+def located(config: str) -> str:
+    """A config file as it is given or, where it is not there, in this repository: a verdict may start anywhere."""
+    own = Path(__file__).parent.parent / config
+    return str(own) if own.is_file() and not Path(config).is_file() else config

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from antidreambooth.memory import kept_in_memory
-from antidreambooth.photos import write_atomically
-from launch.experiment import Launcher
-from launch.jobs import run_jobs, workers_of
+from antidreambooth.diffusion.reuse import kept_in_memory
+from antidreambooth.files import write_atomically
+from launch.jobs import Launcher, run_jobs, workers_of
 
 COMMAND = Path(__file__).parent.parent / "cli.py"
 STOPPED = (None, 1, 128 + signal.SIGTERM)  # exit codes of a run that was told to stop: by Lightning, Ctrl-C, a signal

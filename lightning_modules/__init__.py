@@ -1,11 +1,11 @@
 """Phases and hooks: how Lightning runs the engine's rounds and steps."""
 
 from lightning_modules.aspl import ASPL
-from lightning_modules.atomic_checkpoint import AtomicCheckpointIO
 from lightning_modules.cloaking import Cloaking
-from lightning_modules.dreambooth import Victim
 from lightning_modules.fsmg import FSMG
 from lightning_modules.pretraining import Pretraining
-from lightning_modules.strategies import FSDP2, DeepSpeed
+from lightning_modules.running.atomic_checkpoint import AtomicCheckpointIO
+from lightning_modules.running.strategies import FSDP2, DeepSpeed
+from lightning_modules.victim import Victim
 
 __all__ = ["ASPL", "FSDP2", "FSMG", "AtomicCheckpointIO", "Cloaking", "DeepSpeed", "Pretraining", "Victim"]

@@ -7,14 +7,15 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim import AdamW, Optimizer
 
-from antidreambooth.adaptations import Adaptation, Full
-from antidreambooth.backbone import Backbone, Posterior
-from antidreambooth.dreambooth import DreamBooth
+from antidreambooth.attack.rounds import Photos
+from antidreambooth.attack.surrogates import Alternating
+from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.errors import InputError
-from antidreambooth.rounds import Photos
-from antidreambooth.surrogates import Alternating
-from lightning_modules.borrowing import weights_of
+from antidreambooth.finetuning.adaptation import Adaptation
+from antidreambooth.finetuning.dreambooth import DreamBooth
+from antidreambooth.finetuning.full import Full
 from lightning_modules.cloaking import Cloaking
+from lightning_modules.running.borrowing import weights_of
 
 
 class ASPL(Cloaking):
@@ -59,7 +60,9 @@ class ASPL(Cloaking):
         """Makes the base models surrogates and samples class images while they are untouched."""
         super().build()
         how = self.adaptation
-        self.trainings = [how.surrogate(self.hparams.surrogate, backbone.defaults) for backbone in self.backbones]
+        self.trainings = [
+            how.surrogate_settings(self.hparams.surrogate, backbone.defaults) for backbone in self.backbones
+        ]
         for backbone, training in zip(self.backbones, self.trainings, strict=True):
             self.classes.append(self.class_posterior(backbone, training.prior, self.attack.micro_batch))
             how.apply(backbone, training, self.seed)

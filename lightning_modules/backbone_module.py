@@ -11,20 +11,21 @@ import torch
 from lightning import LightningModule
 from tqdm import tqdm
 
-from antidreambooth.backbone import Backbone, Posterior
-from antidreambooth.class_images import class_images
-from antidreambooth.dreambooth import PriorPreservation
+from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.class_images import class_images
+from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.reuse import remembered
+from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
-from antidreambooth.loading import load_backbone, resolution_of
-from antidreambooth.memory import remembered
-from antidreambooth.photos import to_float
-from antidreambooth.records import describe, differences
-from antidreambooth.turns import Turn
-from lightning_modules.preemption import Preemption
-from lightning_modules.sharding import shard, sharded, whole_at_birth
-from lightning_modules.strategies import check
+from antidreambooth.finetuning.dreambooth import PriorPreservation
+from antidreambooth.photos.decoding import to_float
+from antidreambooth.provenance import describe, differences
+from lightning_modules.running.preemption import Preemption
+from lightning_modules.running.sharding import shard, sharded, whole_at_birth
+from lightning_modules.running.strategies import check
 
 PRECISIONS = ("32-true", "bf16-mixed")
+FORMAT = 2  # of checkpoints: raised whenever older ones cannot be resumed any more
 
 
 class BackboneModule(LightningModule):
@@ -134,10 +135,16 @@ class BackboneModule(LightningModule):
         kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {*self.buffers_kept}
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
         checkpoint.pop(self.CHECKPOINT_HYPER_PARAMS_KEY, None)
+        checkpoint["format"] = FORMAT
         checkpoint["record"] = self.record()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other settings."""
+        """Refuses a checkpoint of another version of this project, or of other settings."""
+        if checkpoint.get("format") != FORMAT:
+            raise InputError(
+                f"the checkpoint has format {checkpoint.get('format', 1)}, this version resumes format {FORMAT}: "
+                "resume it with the version that wrote it, or start anew without --ckpt_path"
+            )
         changed = differences(checkpoint.get("record", {}), self.record())
         if changed:
             raise InputError(

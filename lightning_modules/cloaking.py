@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from antidreambooth.backbone import Backbone
-from antidreambooth.loading import locate
-from antidreambooth.objectives import Denoising, Objective
-from antidreambooth.passes import counted
-from antidreambooth.perturbation import PGD, STEP
-from antidreambooth.rounds import Outcome, Photos, alternate
-from antidreambooth.surrogates import Offloaded, Surrogate
-from antidreambooth.turns import Turn
+from antidreambooth.attack.cost import counted
+from antidreambooth.attack.objectives import Denoising, Objective
+from antidreambooth.attack.perturbation import PGD, STEP
+from antidreambooth.attack.rounds import Outcome, Photos, alternate
+from antidreambooth.attack.surrogates import Offloaded, Surrogate
+from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.loading import locate
+from antidreambooth.diffusion.seeding import Turn
 from lightning_modules.backbone_module import BackboneModule
 
 

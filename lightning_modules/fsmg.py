@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from antidreambooth.adaptations import Full
-from antidreambooth.backbone import Backbone
+from antidreambooth.attack.rounds import Photos
+from antidreambooth.attack.surrogates import Fixed
+from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.errors import InputError
-from antidreambooth.records import slug
-from antidreambooth.rounds import Photos
-from antidreambooth.surrogates import Fixed
+from antidreambooth.finetuning.full import Full
+from antidreambooth.provenance import slug
 from lightning_modules.cloaking import Cloaking
-from lightning_modules.strategies import replicates
+from lightning_modules.running.strategies import replicates
 
 
 class FSMG(Cloaking):

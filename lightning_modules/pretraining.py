@@ -16,15 +16,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from antidreambooth.adaptations import Full
-from antidreambooth.backbone import Backbone, Posterior
+from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.draws import Draw, Uniform
 from antidreambooth.errors import InputError
-from antidreambooth.objectives import Draw
-from antidreambooth.photos import to_float, write_atomically
-from antidreambooth.pictures import Pictures
-from antidreambooth.timesteps import Uniform
+from antidreambooth.files import write_atomically
+from antidreambooth.finetuning.full import Full
+from antidreambooth.photos.captioned import Pictures
+from antidreambooth.photos.decoding import to_float
 from lightning_modules.backbone_module import BackboneModule
-from lightning_modules.strategies import replicates
+from lightning_modules.running.strategies import replicates
 
 ENCODED = 64  # pictures at a time
 GAMMA = 5.0  # of min-SNR weighting, as its paper recommends

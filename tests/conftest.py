@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from antidreambooth.backbone import Backbone
-from antidreambooth.loading import EMBEDDED, load_backbone
+from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.loading import EMBEDDED, load_backbone
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from antidreambooth.turns import Turn
+from antidreambooth.diffusion.seeding import Turn
 from benchmarks import gpu_speed, memory
 from benchmarks.aspl_speed import count, multiply, schedule, totals
 from benchmarks.counting import Counter, NoModules, cuda_autocast, fake, measured

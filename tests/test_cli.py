@@ -17,12 +17,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import antidreambooth
-from antidreambooth.adaptations import Full
-from antidreambooth.dreambooth import DreamBooth, PriorPreservation
-from antidreambooth.loading import load_backbone
-from antidreambooth.methods import METHODS
-from antidreambooth.photos import load_photos
-from antidreambooth.records import slug
+from antidreambooth.attack.methods import METHODS
+from antidreambooth.diffusion.loading import load_backbone
+from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
+from antidreambooth.finetuning.full import Full
+from antidreambooth.photos.decoding import load_photos
+from antidreambooth.provenance import slug
 from cli import main, show
 from tests.conftest import ROOT
 
@@ -280,7 +280,7 @@ def test_killed_in_a_round_then_gone_on_is_bit_identical(command, tmp_path):
 @pytest.mark.parametrize("name", ["aspl", "e-aspl", "advdm"])
 def test_two_ranks_hold_the_same_perturbation_and_weights(command, tmp_path, name):
     strategy = "ddp_find_unused_parameters_true" if name == "e-aspl" else "ddp"
-    callback = "--trainer.callbacks+=tests.rank_hashes.RankHashes"
+    callback = "--trainer.callbacks+=tests.lightning_modules.rank_hashes.RankHashes"
     config = ROOT / "configs" / f"{name}.yaml"
     process = start(command("--trainer.devices=2", f"--trainer.strategy={strategy}", callback, config=config))
     output, _ = process.communicate(timeout=300)
@@ -295,7 +295,8 @@ def test_two_ranks_hold_the_same_perturbation_and_weights(command, tmp_path, nam
 
 def test_ranks_send_gradients_and_losses_and_nothing_else(command, small_model, photos, tmp_path):
     """With Lightning's own bar, too, which is there where a config names no other, on the first rank alone."""
-    callbacks = "--trainer.callbacks=[{class_path: tests.rank_hashes.RankHashes}, {class_path: benchmarks.watch.Watch}]"
+    hashes = "{class_path: tests.lightning_modules.rank_hashes.RankHashes}"
+    callbacks = f"--trainer.callbacks=[{hashes}, {{class_path: benchmarks.watch.Watch}}]"
     watch = f"--trainer.callbacks.file={tmp_path / 'seen.json'}"
     ddp = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"forward_sync_buffers": False}}
     process = start(command("--trainer.devices=2", f"--trainer.strategy={json.dumps(ddp)}", callbacks, watch))
@@ -304,7 +305,7 @@ def test_ranks_send_gradients_and_losses_and_nothing_else(command, small_model, 
     first, second = ((tmp_path / "out" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
     backbone = load_backbone(str(small_model))
-    Full().apply(backbone, Full().surrogate(DreamBooth(), backbone.defaults), seed=0)
+    Full().apply(backbone, Full().surrogate_settings(DreamBooth(), backbone.defaults), seed=0)
     weights = sum(parameter.numel() for parameter in backbone.learned())
     seen = json.loads((tmp_path / "seen.json").read_text())["collectives"]
     assert seen["all_reduce"]["bytes"] == 4 * (6 * weights + 6 * len(load_photos(photos, 16)) * 3 * 16 * 16 + 3)
@@ -488,7 +489,7 @@ def test_a_folder_that_cannot_be_written_is_found_first(command, tmp_path, monke
 def test_a_full_disk_is_found_first(command, tmp_path, monkeypatch, capsys):
     main(command())
     before = files(tmp_path / "out")
-    monkeypatch.setattr("callbacks.room.shutil.disk_usage", lambda _: FullDisk)
+    monkeypatch.setattr("callbacks.disk_space.shutil.disk_usage", lambda _: FullDisk)
     refused(command("--model.budget=4"), "free", capsys)
     assert files(tmp_path / "out") == before
 
@@ -507,7 +508,7 @@ def test_a_disk_that_fills_up_loses_nothing(command, tmp_path, monkeypatch, caps
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lightning_modules.atomic_checkpoint.os.fsync", full)
+    monkeypatch.setattr("lightning_modules.running.atomic_checkpoint.os.fsync", full)
     refused(command("--model.budget=4", "--checkpoint.every_n_epochs=1"), "No space left", capsys)
     assert files(tmp_path / "out") == before
     assert checkpoint.read_bytes() == saved

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from antidreambooth.evaluation.cells import MEASURES, Cell, percent
+from antidreambooth.evaluation.results import MEASURES, Result, percent
 from antidreambooth.evaluation.statistics import RESAMPLES, Interval, Sample, Values, bootstrap, paired
 
 CONTROLS = ("none", "noise", "base")
@@ -127,9 +127,9 @@ class Group:
         return [f"not shown to be better than noise of the same budget in {' and '.join(level)}"] if level else []
 
 
-def summarise(cells: Sequence[Cell], *, resamples: int = RESAMPLES, seed: int = 0) -> list[Group]:
+def summarise(cells: Sequence[Result], *, resamples: int = RESAMPLES, seed: int = 0) -> list[Group]:
     """One group for each setting, controls first."""
-    settings: dict[Setting, list[Cell]] = defaultdict(list)
+    settings: dict[Setting, list[Result]] = defaultdict(list)
     for cell in cells:
         settings[setting_of(cell)].append(cell)
 
@@ -155,12 +155,12 @@ def summarise(cells: Sequence[Cell], *, resamples: int = RESAMPLES, seed: int = 
     return [group(setting) for setting in sorted(settings, key=lambda setting: setting.order)]
 
 
-def setting_of(cell: Cell) -> Setting:
+def setting_of(cell: Result) -> Setting:
     """Setting that a cell belongs to."""
     return Setting(cell.victim, cell.condition, cell.protection, cell.budget)
 
 
-def _sample(cells: Iterable[Cell], measure: str) -> Sample:
+def _sample(cells: Iterable[Result], measure: str) -> Sample:
     sample: dict[str, list[Values]] = defaultdict(list)
     for cell in cells:
         if measure in cell.values:
@@ -168,7 +168,7 @@ def _sample(cells: Iterable[Cell], measure: str) -> Sample:
     return sample
 
 
-def _pairs(method: Iterable[Cell], control: Iterable[Cell], measure: str) -> tuple[Sample, Sample]:
+def _pairs(method: Iterable[Result], control: Iterable[Result], measure: str) -> tuple[Sample, Sample]:
     """Pictures of both for every person and victim's seed that both have; cloaks of several seeds count as one cell."""
     ours, theirs = _by_seed(method, measure), _by_seed(control, measure)
     shared = sorted(ours.keys() & theirs.keys())
@@ -180,7 +180,7 @@ def _pairs(method: Iterable[Cell], control: Iterable[Cell], measure: str) -> tup
     return pooled, controls
 
 
-def _by_seed(cells: Iterable[Cell], measure: str) -> dict[tuple[str, int], list[Values]]:
+def _by_seed(cells: Iterable[Result], measure: str) -> dict[tuple[str, int], list[Values]]:
     values: dict[tuple[str, int], list[Values]] = defaultdict(list)
     for cell in cells:
         if measure in cell.values:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from antidreambooth.evaluation.cells import Cell, percent
 from antidreambooth.evaluation.judgement import RECOGNISED, Group, Setting, Status, setting_of
+from antidreambooth.evaluation.results import Result, percent
 
 CHANCE = 0.1  # a verifier that takes more pictures of nobody for the person is too lenient
 FEW = 5  # people, below which an interval over people is a sketch
@@ -63,7 +63,7 @@ def warnings(groups: Sequence[Group], finished: int, expected: int, failed: int)
     return found
 
 
-def paragraph(cells: Sequence[Cell]) -> str:
+def paragraph(cells: Sequence[Result]) -> str:
     """The verdict for one person's photos, in counted pictures: what was tried, what came of it, what stays open."""
     people = ", ".join(sorted({cell.person for cell in cells}))
     settings = sorted({setting_of(cell) for cell in cells}, key=lambda setting: setting.order)
@@ -82,7 +82,7 @@ def paragraph(cells: Sequence[Cell]) -> str:
     return " ".join([*sentences, _OPEN])
 
 
-def count_recognised(cells: Iterable[Cell]) -> tuple[int, int]:
+def count_recognised(cells: Iterable[Result]) -> tuple[int, int]:
     """In how many of how many pictures the face was the person's."""
     values = [cell.values["acceptance"] for cell in cells if "acceptance" in cell.values]
     return int(sum(np.nansum(v) for v in values)), int(sum(np.count_nonzero(~np.isnan(v)) for v in values))

@@ -17,7 +17,7 @@ from torchvision.models import AlexNet_Weights
 
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.per_image import PerImage
-from antidreambooth.photos import to_float
+from antidreambooth.photos.decoding import to_float
 
 LPIPS_MISSING = (
     f"LPIPS is left out: it needs {AlexNet_Weights.IMAGENET1K_V1.url} in torch's cache "

@@ -13,13 +13,11 @@ from urllib.parse import quote
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from antidreambooth.evaluation.cells import MEASURES, Cell, decimal, read_cells
 from antidreambooth.evaluation.judgement import LOW, RECOGNISED, Group, Setting, Status, setting_of, summarise
-from antidreambooth.evaluation.prose import answer, count_recognised, paragraph, warnings
+from antidreambooth.evaluation.prose import answer, count_recognised, warnings
+from antidreambooth.evaluation.results import MEASURES, Result, decimal
 from antidreambooth.evaluation.statistics import RESAMPLES, Interval
-from antidreambooth.photos import write_atomically
-
-__all__ = ["paragraph", "read_cells", "write_report"]
+from antidreambooth.files import write_atomically
 
 SHOWN = 6  # pictures of a cell on the page
 MAIN = ("acceptance", "joint_ism", "ism", "fdfr", "stability", "brisque")
@@ -55,7 +53,7 @@ class Row(NamedTuple):
 
 def write_report(
     folder: Path,
-    cells: Sequence[Cell],
+    cells: Sequence[Result],
     *,
     title: str,
     expected: int,
@@ -69,7 +67,7 @@ def write_report(
 
     Args:
         folder: Of the verdict; the pictures stay in its cells and are linked.
-        cells: The finished ones, see ``read_cells``.
+        cells: The finished ones, see ``read_results``.
         title: Name of the verdict.
         expected: Number of cells once all have finished.
         failed: Name of each cell that failed, with its error in one line.
@@ -136,7 +134,7 @@ def _table(groups: Iterable[Group]) -> str:
     return text.getvalue()
 
 
-def _gallery(cells: Sequence[Cell]) -> dict[str, dict[tuple[str, str], list[Row]]]:
+def _gallery(cells: Sequence[Result]) -> dict[str, dict[tuple[str, str], list[Row]]]:
     """Person -> victim and condition -> one row for each protection."""
     return {
         person: _attacks([cell for cell in cells if cell.person == person])
@@ -144,7 +142,7 @@ def _gallery(cells: Sequence[Cell]) -> dict[str, dict[tuple[str, str], list[Row]
     }
 
 
-def _attacks(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Row]]:
+def _attacks(cells: Sequence[Result]) -> dict[tuple[str, str], list[Row]]:
     attacks: dict[tuple[str, str], list[Row]] = {}
     for setting in sorted({setting_of(cell) for cell in cells}, key=lambda setting: setting.order):
         own = [cell for cell in cells if setting_of(cell) == setting]
@@ -154,7 +152,7 @@ def _attacks(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Row]]:
     return attacks
 
 
-def _pictures(cell: Cell) -> Iterator[Picture]:
+def _pictures(cell: Result) -> Iterator[Picture]:
     unmeasured = np.full(len(cell.files), np.nan)
     faceless = cell.values.get("fdfr", unmeasured) == 1
     accepted = cell.values.get("acceptance", unmeasured)

@@ -1,0 +1,163 @@
+"""What PGD climbs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from antidreambooth.attack.targets import require_target, target_image
+from antidreambooth.attack.transforms import Transform
+from antidreambooth.diffusion.backbone import Backbone, squared_distance
+from antidreambooth.diffusion.draws import Draw, TimestepSampler, Uniform
+from antidreambooth.errors import InputError
+
+
+class Objective(ABC):
+    """A number per image that PGD makes larger."""
+
+    def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:  # noqa: B027 (few need it)
+        """Computes what stays the same in all evaluations on such images, for a first one as cheap as the next."""
+
+    @abstractmethod
+    def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
+        """The randomness of one evaluation, for all images."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        backbone: Backbone,
+        images: Float[Tensor, "n 3 h w"],
+        embedding: Float[Tensor, "1 length width"],
+        draw: Draw,
+    ) -> Float[Tensor, " n"]:
+        """The objective of each image in [-1, 1], differentiable in the pixels."""
+
+
+class Denoising(Objective):
+    """The model's own loss L(x; w, c) (arXiv:2303.15433, Section 4): what DreamBooth makes smaller.
+
+    For v-prediction the gradient also flows through the latents inside the target, as published.
+
+    Args:
+        timesteps: how t is drawn; uniformly when not given.
+    """
+
+    def __init__(self, timesteps: TimestepSampler | None = None) -> None:
+        self.timesteps = timesteps or Uniform()
+
+    def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
+        """The timestep, the noise and the posterior's noise of each image."""
+        n, _, height, width = images.shape
+        shape = torch.Size((n, backbone.latent_channels, height // backbone.downscale, width // backbone.downscale))
+        return Draw.sample(backbone, shape, self.timesteps, generator)
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        images: Float[Tensor, "n 3 h w"],
+        embedding: Float[Tensor, "1 length width"],
+        draw: Draw,
+    ) -> Float[Tensor, " n"]:
+        """The denoising loss of each image."""
+        latents = backbone.encode(images).sample(draw.posterior_noise)
+        return backbone.denoising_loss(latents, draw.timesteps, draw.noise, embedding.expand(len(images), -1, -1))
+
+
+class Targeted(Denoising):
+    """L(x; w, c) - || z_{t-1}^pred - q(z_target, e, t-1) ||^2: away from the photo, toward a target picture.
+
+    The targeted variants of arXiv:2303.15433, Section 4 (T-FSMG, T-ASPL). z_{t-1}^pred is one reverse step from the
+    prediction, q(z_target, e, t-1) the target's latent with the same noise at the level before. Published: a random
+    reverse step, and t-1 = -1 wraps to the last level. Ours: the posterior's mean, and t >= 1.
+
+    Args:
+        target: a picture's file, or one of our patterns: checkerboard, rings, stripes.
+        timesteps: how t is drawn; uniformly when not given.
+    """
+
+    def __init__(self, target: str = "checkerboard", timesteps: TimestepSampler | None = None) -> None:
+        super().__init__(timesteps)
+        require_target(target)
+        self.target = target
+        self._latents: WeakKeyDictionary[Backbone, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without latents: they belong to models that are in memory."""
+        return {**self.__dict__, "_latents": None}
+
+    def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:
+        """The target's latent."""
+        self._goal(backbone, images)
+
+    def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
+        """As for the denoising loss, with a level before each drawn one."""
+        drawn = super().draw(backbone, images, generator)
+        return replace(drawn, timesteps=drawn.timesteps.clamp(min=1))
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        images: Float[Tensor, "n 3 h w"],
+        embedding: Float[Tensor, "1 length width"],
+        draw: Draw,
+    ) -> Float[Tensor, " n"]:
+        """The denoising loss of each image less its distance from the target after one reverse step."""
+        latents = backbone.encode(images).sample(draw.posterior_noise)
+        noisy = backbone.add_noise(latents, draw.timesteps, draw.noise)
+        prediction = backbone.predict(noisy, draw.timesteps, embedding.expand(len(images), -1, -1))
+        loss = squared_distance(prediction, backbone.target(latents, draw.timesteps, draw.noise))
+        goal = backbone.add_noise(self._goal(backbone, images).expand_as(latents), draw.timesteps - 1, draw.noise)
+        return loss - squared_distance(backbone.denoise_once(noisy, draw.timesteps, prediction), goal)
+
+    def _goal(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "1 c rows columns"]:
+        """The target's latent, computed once for each base model."""
+        if self._latents is None:
+            self._latents = WeakKeyDictionary()
+        if backbone not in self._latents:
+            picture = target_image(self.target, images.shape[-1]).to(images)
+            self._latents[backbone] = backbone.encode_all(picture, 1).mean
+        return self._latents[backbone]
+
+
+class Transformed(Objective):
+    """Another objective through random transforms, one draw a step: expectation over transforms (arXiv:1707.07397).
+
+    Args:
+        transforms: in the order in which a photo goes through them.
+        objective: what is climbed behind them; Denoising when not given.
+    """
+
+    def __init__(self, transforms: Sequence[Transform], objective: Objective | None = None) -> None:
+        if not transforms:
+            raise InputError("transforms is empty: leave out Transformed, or give some, such as Flip and Crop")
+        self.transforms, self.objective = list(transforms), objective or Denoising()
+
+    def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:
+        """What the objective behind the transforms needs."""
+        self.objective.prepare(backbone, images)
+
+    def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
+        """The randomness of the transforms and of the objective."""
+        numbers = tuple(transform.draw(len(images), generator) for transform in self.transforms)
+        drawn = self.objective.draw(backbone, images, generator)
+        return replace(drawn, transforms=numbers + drawn.transforms)
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        images: Float[Tensor, "n 3 h w"],
+        embedding: Float[Tensor, "1 length width"],
+        draw: Draw,
+    ) -> Float[Tensor, " n"]:
+        """The objective of each transformed image."""
+        own = len(self.transforms)
+        for transform, numbers in zip(self.transforms, draw.transforms[:own], strict=True):
+            images = transform(images, numbers)
+        return self.objective(backbone, images, embedding, replace(draw, transforms=draw.transforms[own:]))

@@ -1,0 +1,122 @@
+"""The perturbation: its budget, the projection onto it, and the PGD loop that moves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from antidreambooth.attack.objectives import Denoising, Objective
+from antidreambooth.attack.surrogates import Surrogate
+from antidreambooth.diffusion.backbone import Backbone, frozen
+from antidreambooth.diffusion.draws import Draw
+from antidreambooth.errors import InputError
+
+STEP = 1 / 127.5  # one 8-bit step of a pixel, in [-1, 1]
+
+
+def alone(gradient: Tensor) -> Tensor:
+    """The gradient of a run with one process: as it is."""
+    return gradient
+
+
+def project(
+    images: Float[Tensor, "n 3 h w"], originals: Float[Tensor, "n 3 h w"], radius: float
+) -> Float[Tensor, "n 3 h w"]:
+    """Nearest images within ``radius`` of ``originals`` (l-inf), all in [-1, 1] (arXiv:1706.06083)."""
+    return images.clamp((originals - radius).clamp(min=-1), (originals + radius).clamp(max=1))
+
+
+def random_noise(originals: UInt8[Tensor, "n 3 h w"], budget: float, seed: int) -> UInt8[Tensor, "n 3 h w"]:
+    """The control: each value goes up or down by the whole (floored) budget, with even chance, within 0..255."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, originals.shape, generator=generator) * 2 - 1
+    return (originals.int() + signs * int(budget)).clamp(0, 255).to(torch.uint8)
+
+
+def pixel_gradient(
+    objective: Objective,
+    backbone: Backbone,
+    images: Float[Tensor, "n 3 h w"],
+    embedding: Float[Tensor, "1 length width"],
+    draw: Draw,
+    micro_batch: int,
+) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, ""]]:
+    """Gradient of the mean objective with respect to the pixels, and that mean.
+
+    Memory grows with ``micro_batch``, not with the number of images; the result does not depend on it.
+    """
+    gradients: list[Tensor] = []
+    values: list[Tensor] = []
+    for start in range(0, len(images), micro_batch):
+        rows = slice(start, start + micro_batch)
+        pixels = images[rows].detach().requires_grad_()
+        value = objective(backbone, pixels, embedding, draw.rows(rows)).sum() / len(images)
+        gradients += torch.autograd.grad(value, pixels)
+        values.append(value.detach())
+    return torch.cat(gradients), torch.stack(values).sum()
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Projected gradient ascent on the pixels, without a random start (arXiv:1706.06083; arXiv:2303.15433, Section 4).
+
+    Args:
+        budget: largest change of a pixel, in 8-bit steps.
+        step_size: change per step, in 8-bit steps; a tenth of the budget when not given (the published ratio).
+        steps: steps per call.
+        micro_batch: photos whose gradient is taken at a time.
+        objective: what to climb.
+        reduce: averages the gradient over processes.
+    """
+
+    budget: float = 8.0
+    step_size: float | None = None
+    steps: int = 6
+    micro_batch: int = 4
+    objective: Objective = field(default_factory=Denoising)
+    reduce: Callable[[Tensor], Tensor] = alone
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.budget <= 255:
+            raise InputError(
+                f"the budget is in 8-bit steps, from 1 to 255 (the paper's is about 6.4): got {self.budget}"
+            )
+        if self.step_size is not None and not 0 < self.step_size <= 255:
+            raise InputError(f"the step size is in 8-bit steps, above 0: got {self.step_size}")
+        if self.steps < 0 or self.micro_batch < 1:
+            raise InputError(f"pgd_steps >= 0 and micro_batch >= 1, got {self.steps} and {self.micro_batch}")
+
+    @property
+    def effective_step_size(self) -> float:
+        """Change per step, in 8-bit steps."""
+        return self.budget / 10 if self.step_size is None else self.step_size
+
+    def project(
+        self, images: Float[Tensor, "n 3 h w"], originals: Float[Tensor, "n 3 h w"]
+    ) -> Float[Tensor, "n 3 h w"]:
+        """Nearest images within the budget."""
+        return project(images, originals, self.budget * STEP)
+
+    def __call__(
+        self,
+        surrogate: Surrogate,
+        originals: Float[Tensor, "n 3 h w"],
+        cloaked: Float[Tensor, "n 3 h w"],
+        generator: torch.Generator,
+    ) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, ""]]:
+        """Moves ``cloaked`` by ``steps`` steps; returns it and the objective's mean over the steps."""
+        step = self.effective_step_size * STEP
+        backbone = surrogate.backbone
+        total = torch.zeros((), device=originals.device)
+        with frozen(backbone):
+            embedding = surrogate.prompt_embedding()
+            for _ in range(self.steps):
+                draw = self.objective.draw(backbone, cloaked, generator)
+                gradient, value = pixel_gradient(self.objective, backbone, cloaked, embedding, draw, self.micro_batch)
+                cloaked = self.project(cloaked + step * self.reduce(gradient).sign(), originals)
+                total = total + value
+        return cloaked, total / max(self.steps, 1)

@@ -1,0 +1,179 @@
+"""What the gradient is taken through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.defaults import given
+from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.finetuning.dreambooth import DreamBooth, dreambooth_loss, training_mode
+from antidreambooth.finetuning.weights import Weights
+
+
+@runtime_checkable
+class Surrogate(Protocol):
+    """A model to take pixel gradients through."""
+
+    backbone: Backbone
+
+    def borrowed(self) -> AbstractContextManager[None]:
+        """Whatever is learned inside the context is unlearned at its end."""
+        ...
+
+    def learn_clean(self, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
+        """Trains on the clean photos for one phase; returns the phase's mean loss."""
+        ...
+
+    def learn_cloaked(
+        self, images: Float[Tensor, "n 3 h w"], turn: Turn, generator: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """Trains on the perturbed photos for one phase; returns the phase's mean loss."""
+        ...
+
+    def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
+        """The prompt that the attack expects, as the text encoder sees it now."""
+        ...
+
+
+class Fixed:
+    """A surrogate that does not learn.
+
+    Trained on the clean photos beforehand it makes FSMG (arXiv:2303.15433, Section 4: fully-trained surrogate model
+    guidance), untouched it makes AdvDM (arXiv:2302.04578).
+
+    Args:
+        backbone: the model.
+        prompt: what the attack expects the pictures to be called.
+    """
+
+    def __init__(self, backbone: Backbone, prompt: str) -> None:
+        self.backbone, self.prompt = backbone, prompt
+
+    def borrowed(self) -> AbstractContextManager[None]:
+        """Nothing is learned, nothing has to be unlearned."""
+        return nullcontext()
+
+    def learn_clean(self, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
+        """Learns nothing."""
+        return torch.zeros((), device=generator.device)
+
+    def learn_cloaked(
+        self, images: Float[Tensor, "n 3 h w"], turn: Turn, generator: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """Learns nothing."""
+        return torch.zeros((), device=generator.device)
+
+    @torch.no_grad()
+    def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
+        """The prompt."""
+        return self.backbone.embed([self.prompt])
+
+
+class Alternating:
+    """The surrogate of ASPL: DreamBooth on the base model, a few steps in every round (arXiv:2303.15433, Section 4).
+
+    Args:
+        backbone: the base model; its U-Net and (if so set) text encoder are trained in place.
+        training: how, completed by the backbone's own values.
+        weights: the trainable weights with their optimizer.
+        clean: latents of the reference set A.
+        classes: latents of the class images; None without prior preservation.
+        micro_batch: photos encoded at a time.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        training: DreamBooth,
+        weights: Weights,
+        clean: Posterior,
+        classes: Posterior | None = None,
+        micro_batch: int = 4,
+    ) -> None:
+        self.backbone, self.weights, self.micro_batch = backbone, weights, micro_batch
+        self.training = training.completed(backbone.defaults)
+        self.clean, self.classes = clean, classes
+
+    def borrowed(self) -> AbstractContextManager[None]:
+        """Theta' for as long as the context lasts."""
+        return self.weights.borrowed()
+
+    def learn_clean(self, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
+        """One phase on set A."""
+        return self._learn(self.clean, turn, generator)
+
+    def learn_cloaked(
+        self, images: Float[Tensor, "n 3 h w"], turn: Turn, generator: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """One phase on the photos as they are now."""
+        return self._learn(self.backbone.encode_all(images, self.micro_batch), turn, generator)
+
+    def _learn(self, instances: Posterior, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
+        """One phase of DreamBooth steps with a fresh AdamW; returns the mean loss."""
+        size, steps = given(self.training.batch_size, 1), given(self.training.steps, 0)
+        batches = turn.batches(steps, size, len(instances.mean))
+        classes = turn.batches(steps, size, len(self.classes.mean)) if self.classes else batches
+        total = torch.zeros((), device=instances.mean.device)
+        self.weights.forget()  # whoever writes a checkpoint may have filled in moments
+        with training_mode(self.backbone, self.training):
+            for batch, class_batch in zip(batches, classes, strict=True):
+                others = self.classes.rows(class_batch) if self.classes else None
+                loss = dreambooth_loss(self.backbone, self.training, instances.rows(batch), others, generator)
+                self.weights.step(loss)
+                total = total + loss.detach()
+        self.weights.forget()
+        return total / max(steps, 1)
+
+    @torch.no_grad()
+    def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
+        """The instance prompt, as the text encoder sees it now."""
+        return self.backbone.embed([self.training.instance_prompt])
+
+
+class Offloaded:
+    """Another surrogate, on the device only while it is at work: several large base models share one card.
+
+    Args:
+        surrogate: the other one.
+        device: where it works; it rests in main memory.
+    """
+
+    def __init__(self, surrogate: Surrogate, device: torch.device) -> None:
+        self.surrogate, self.device = surrogate, device
+        self.backbone = surrogate.backbone.to("cpu")
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        self.backbone.to(self.device)
+        try:
+            yield
+        finally:
+            self.backbone.to("cpu")
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """The other's, on the device; what is called inside the context finds it there."""
+        with self._present(), self.surrogate.borrowed():
+            yield
+
+    def learn_clean(self, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
+        """The other's; call it while borrowed."""
+        return self.surrogate.learn_clean(turn, generator)
+
+    def learn_cloaked(
+        self, images: Float[Tensor, "n 3 h w"], turn: Turn, generator: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """The other's, on the device."""
+        with self._present():
+            return self.surrogate.learn_cloaked(images, turn, generator)
+
+    def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
+        """The other's; call it while borrowed."""
+        return self.surrogate.prompt_embedding()

@@ -1,0 +1,74 @@
+"""Class images for prior preservation: sampled once from the untouched base model, cached by what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.sampling import noise_of, sample
+from antidreambooth.photos.delivery import write_png
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+def cache_folder() -> Path:
+    """Where class images are kept: ``$XDG_CACHE_HOME/antidreambooth``, by default under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antidreambooth" / "class-images"
+
+
+def class_images(
+    backbone: Backbone,
+    prompt: str,
+    count: int,
+    resolution: int,
+    seed: int = 0,
+    batch: int = 4,
+    progress: Progress = iter,
+) -> UInt8[Tensor, "n 3 h w"]:
+    """``count`` pictures of the class prompt, from the cache or sampled now.
+
+    Several processes may ask at once: one samples, the others wait for it. A killed run goes on where it stopped.
+    ``backbone`` must be untouched, since its weights are part of the cache's key.
+
+    Args:
+        backbone: what samples them.
+        prompt: the class prompt.
+        count: how many.
+        resolution: side in pixels.
+        seed: of the noise.
+        batch: how many are sampled at a time.
+        progress: wraps the loop over batches, for a progress bar.
+    """
+    made_by: dict[str, Any] = {
+        "backbone": backbone.fingerprint(),
+        "prompt": prompt,
+        "resolution": resolution,
+        "seed": seed,
+        "batch": batch,  # a batch of another size rounds differently
+        "guidance_scale": backbone.defaults.guidance_scale,
+        "sampling_steps": backbone.defaults.sampling_steps,
+    }
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / key
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{index:04d}.png" for index in range(count)]
+    with FileLock(folder.with_suffix(".lock")):
+        starts = [s for s in range(0, count, batch) if not all(file.is_file() for file in files[s : s + batch])]
+        for start in progress(starts):
+            # Always a whole batch, so that the pictures do not depend on how many were asked for.
+            noise = noise_of(backbone, resolution, range(start, start + batch), seed)
+            for file, picture in zip(files[start:], sample(backbone, prompt, noise).cpu(), strict=False):
+                write_png(file, picture)
+    return torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])

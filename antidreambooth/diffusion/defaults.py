@@ -1,0 +1,92 @@
+"""What a base model wants where the user says nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from antidreambooth.errors import InputError
+from antidreambooth.files import write_json
+
+T = TypeVar("T")
+FILE = "antidreambooth.json"
+Role = Literal["surrogate", "full", "lora", "textual_inversion"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast something is fine-tuned.
+
+    Args:
+        learning_rate: of AdamW.
+        batch_size: instance images in a step.
+        steps: optimizer steps.
+        train_text_encoder: whether the text encoder learns too.
+    """
+
+    learning_rate: float
+    batch_size: int
+    steps: int
+    train_text_encoder: bool
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Settings that belong to a base model; the values here are the published ones for Stable Diffusion.
+
+    A diffusers folder may hold others in a file ``antidreambooth.json``, as the embedded model does.
+
+    Args:
+        surrogate: of ASPL (arXiv:2303.15433, Section 5.1); steps are those of a phase.
+        full: of a victim that trains the whole model (the same section).
+        lora: of a LoRA victim, the usual values of today.
+        textual_inversion: of a victim that trains one token's embedding (arXiv:2208.01618).
+        prior_weight: weight of the prior-preservation loss.
+        class_prompt: prompt of the class images.
+        guidance_scale: classifier-free guidance when sampling.
+        sampling_steps: DDIM steps when sampling.
+        blurred_references: whether a person's clean photos are compared with as the model's autoencoder shows them,
+            for one that blurs so much that a verifier would reject the photos themselves.
+        notice: terms that a run must show before anything else.
+    """
+
+    surrogate: Recipe = Recipe(5e-7, 1, 3, True)
+    full: Recipe = Recipe(5e-7, 2, 1000, True)
+    lora: Recipe = Recipe(1e-4, 2, 1000, False)
+    textual_inversion: Recipe = Recipe(5e-4, 4, 2000, False)
+    prior_weight: float = 1.0
+    class_prompt: str = "a photo of person"
+    guidance_scale: float = 7.5
+    sampling_steps: int = 50
+    blurred_references: bool = False
+    notice: str = ""
+
+    def recipe(self, role: Role) -> Recipe:
+        """How this model is fine-tuned in a role."""
+        recipe: Recipe = getattr(self, role)
+        return recipe
+
+    @classmethod
+    def read(cls, folder: Path) -> Defaults:
+        """The defaults in a model's folder; the published ones where it has no file of them."""
+        file = folder / FILE
+        if not file.is_file():
+            return cls()
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            recipes = {key: Recipe(**value) for key, value in values.items() if isinstance(value, dict)}
+            return cls(**{**values, **recipes})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{file} cannot be used: {error}; its keys are those of {cls.__name__}") from error
+
+    def write(self, folder: Path) -> None:
+        """The file that ``read`` reads."""
+        write_json(folder / FILE, dataclasses.asdict(self))
+
+
+def given(value: T | None, default: T) -> T:
+    """``value``, or ``default`` where the user gave none."""
+    return default if value is None else value

@@ -1,0 +1,52 @@
+"""What is random in a step of diffusion: the timestep, the noise, the sample from the posterior."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from antidreambooth.diffusion.backbone import Backbone
+
+
+class TimestepSampler(ABC):
+    """Draws one timestep per image from {0 .. total - 1}."""
+
+    @abstractmethod
+    def __call__(self, count: int, total: int, generator: torch.Generator) -> Int[Tensor, " n"]:
+        """``count`` timesteps on the generator's device."""
+
+
+class Uniform(TimestepSampler):
+    """Every timestep with equal chance, as DreamBooth and Anti-DreamBooth draw it."""
+
+    def __call__(self, count: int, total: int, generator: torch.Generator) -> Int[Tensor, " n"]:
+        """``count`` timesteps on the generator's device."""
+        return torch.randint(total, (count,), generator=generator, device=generator.device)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random part of an objective, drawn for all images at once so that micro-batches do not change it."""
+
+    timesteps: Int[Tensor, " n"]
+    noise: Float[Tensor, "n c h w"]
+    posterior_noise: Float[Tensor, "n c h w"]
+    transforms: tuple[Float[Tensor, "n _"], ...] = ()  # one for each random transform
+
+    @classmethod
+    def sample(
+        cls, backbone: Backbone, shape: torch.Size, timesteps: TimestepSampler, generator: torch.Generator
+    ) -> Draw:
+        """For latents of ``shape`` (n c h w), on the generator's device."""
+        drawn = timesteps(shape[0], backbone.timesteps, generator)
+        noise, posterior_noise = torch.randn((2, *shape), generator=generator, device=generator.device)
+        return cls(drawn, noise, posterior_noise)
+
+    def rows(self, index: slice) -> Draw:
+        """The part that belongs to some of the images."""
+        numbers = tuple(drawn[index] for drawn in self.transforms)
+        return Draw(self.timesteps[index], self.noise[index], self.posterior_noise[index], numbers)

@@ -1,0 +1,83 @@
+"""Pictures from a model: what a surrogate, a victim or the untouched base model shows for a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from antidreambooth.diffusion.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Which pictures a victim is asked for (by default those of arXiv:2303.15433, Section 5.1).
+
+    Args:
+        prompts: what they should show.
+        images: pictures for each prompt.
+        batch: how many are sampled at a time.
+        guidance_scale: classifier-free guidance; the backbone's own when not given.
+        sampling_steps: DDIM steps; the backbone's own when not given.
+        seed: of the noise; the same for every victim, so that pictures can be compared.
+    """
+
+    prompts: tuple[str, ...] = ("a photo of sks person", "a dslr portrait of sks person")
+    images: int = 16
+    batch: int = 8
+    guidance_scale: float | None = None
+    sampling_steps: int | None = None
+    seed: int = 0
+
+
+@torch.no_grad()
+def sample(
+    backbone: Backbone,
+    prompt: str,
+    noise: Float[Tensor, "n c h w"],
+    guidance_scale: float | None = None,
+    steps: int | None = None,
+) -> UInt8[Tensor, "n 3 H W"]:
+    """Pictures of a prompt from given noise, in 8 bits; the backbone's own guidance and steps when not given."""
+    with evaluating(backbone):
+        images: Tensor = backbone.pipeline()(
+            prompt=[prompt] * len(noise),
+            latents=noise,
+            guidance_scale=backbone.defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            num_inference_steps=steps or backbone.defaults.sampling_steps,
+            output_type="pt",
+        ).images
+    return eight_bits(images)
+
+
+def eight_bits(images: Float[Tensor, "n 3 H W"]) -> UInt8[Tensor, "n 3 H W"]:
+    """What a pipeline draws, in [0, 1], as pixels."""
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def noise_of(backbone: Backbone, resolution: int, indices: Iterable[int], seed: int) -> Float[Tensor, "n c h w"]:
+    """Starting noise that depends on each picture's index only, whatever it is sampled together with."""
+    side = resolution // backbone.downscale
+    shape = (backbone.latent_channels, side, side)
+    words = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] for index in indices]
+    # The device is named: where a model is being built, a trainer makes another one the default.
+    generators = [torch.Generator("cpu").manual_seed(int(word)) for word in words]
+    noise = [torch.randn(shape, generator=generator, device="cpu") for generator in generators]
+    return torch.stack(noise).to(backbone.alphas_cumprod.device)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """All parts in evaluation mode inside, as they were afterwards: a victim is sampled in the middle of training."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

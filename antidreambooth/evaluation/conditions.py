@@ -1,0 +1,139 @@
+"""What happens to photos between the one who publishes them and the one who trains on them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from jaxtyping import UInt8
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.sampling import eight_bits
+from antidreambooth.finetuning import augmentation
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a condition may use beside the photos.
+
+    Args:
+        backbone: loads the untouched base model; called only where a condition needs it.
+        clean: other, unprotected photos of the person, as many as can be had.
+        seed: of whatever is random.
+    """
+
+    backbone: Callable[[], Backbone]
+    clean: UInt8[Tensor, "m 3 h w"]
+    seed: int = 0
+
+
+class Condition(ABC):
+    """One thing that happens to photos; several may follow each other."""
+
+    @abstractmethod
+    def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
+        """The photos afterwards, at the same size."""
+
+
+class JPEG(Condition):
+    """Compressed, as every upload is.
+
+    Args:
+        quality: 1 to 100.
+    """
+
+    def __init__(self, quality: int = 75) -> None:
+        self.quality = quality
+
+    def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
+        """Each photo through an encoder and back."""
+        return torch.stack([augmentation.jpeg(photo, self.quality) for photo in photos])
+
+
+class Rescale(Condition):
+    """Scaled down and back up, as thumbnails and screenshots are.
+
+    Args:
+        factor: of the small size to the full one.
+    """
+
+    def __init__(self, factor: float = 0.5) -> None:
+        self.factor = factor
+
+    def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
+        """Bicubic both ways, with antialiasing."""
+        size = list(photos.shape[-2:])
+        small = [max(2, round(side * self.factor)) for side in size]  # torch 2.14 fails on a single pixel
+        bicubic = F.InterpolationMode.BICUBIC
+        back: Tensor = F.resize(F.resize(photos, small, bicubic, antialias=True), size, bicubic, antialias=True)
+        return back
+
+
+class Blur(Condition):
+    """Smoothed by a Gaussian.
+
+    Args:
+        sigma: its standard deviation, in pixels.
+    """
+
+    def __init__(self, sigma: float = 1.0) -> None:
+        self.sigma = sigma
+
+    def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
+        """A kernel of three standard deviations to each side."""
+        side = 2 * max(1, round(3 * self.sigma)) + 1
+        blurred: Tensor = F.gaussian_blur(photos, [side, side], [self.sigma, self.sigma])
+        return blurred
+
+
+class Clean(Condition):
+    """Cleaned by image-to-image through the untouched base model (SDEdit, arXiv:2108.01073).
+
+    Args:
+        strength: share of the noise schedule that is added and taken away again.
+        steps: sampling steps of the whole schedule.
+        guidance_scale: classifier-free guidance.
+    """
+
+    def __init__(self, strength: float = 0.2, steps: int = 50, guidance_scale: float = 1.0) -> None:
+        self.strength, self.steps, self.guidance_scale = strength, steps, guidance_scale
+
+    def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
+        """One photo at a time, each from noise of its own."""
+        backbone = scene.backbone()
+        pipeline = StableDiffusionImg2ImgPipeline(**backbone.pipeline().components, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        cleaned = [
+            pipeline(
+                prompt=backbone.defaults.class_prompt,
+                image=photo[None].float() / 255,
+                strength=self.strength,
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                generator=torch.Generator().manual_seed(scene.seed + index),
+                output_type="pt",
+            ).images
+            for index, photo in enumerate(photos)
+        ]
+        return eight_bits(torch.cat(cleaned)).cpu()
+
+
+class Mix(Condition):
+    """Some photos replaced by unprotected ones of the same person (arXiv:2303.15433, Section 5: uncontrolled setting).
+
+    Args:
+        share: of the photos that are unprotected; at least one, where it is not 0.
+    """
+
+    def __init__(self, share: float = 0.5) -> None:
+        self.share = share
+
+    def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
+        """The last ones make room for the first clean ones."""
+        count = min(-int(-self.share * len(photos) // 1), len(scene.clean))
+        return torch.cat([photos[: len(photos) - count], scene.clean[:count]])

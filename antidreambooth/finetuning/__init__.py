@@ -1,0 +1,1 @@
+"""How a base model learns a person; the surrogate and the victim alike."""

@@ -1,0 +1,95 @@
+"""What a victim trains in the base model, and the files in which others can load the result."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.defaults import Defaults, Role, given
+from antidreambooth.errors import InputError
+from antidreambooth.finetuning.dreambooth import DreamBooth
+
+
+class Adaptation(ABC):
+    """A way to fine-tune a base model on a person; ``folder`` is where its result lies in a run's folder."""
+
+    role: ClassVar[Role]
+    folder: ClassVar[str]
+
+    @abstractmethod
+    def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
+        """Adds what is to be trained, where it is not there yet, and lets gradients reach it and nothing else."""
+
+    @abstractmethod
+    def save(self, backbone: Backbone, folder: Path) -> None:
+        """Writes what was trained, as diffusers reads it."""
+
+    @abstractmethod
+    def load(self, backbone: Backbone, folder: Path) -> None:
+        """Puts what ``save`` wrote into an untouched backbone.
+
+        Raises:
+            InputError: it is not there, or was trained from another base model.
+        """
+
+    def prompt(self, text: str) -> str:
+        """The prompt as the trained model knows it."""
+        return text
+
+    def apply(self, backbone: Backbone, training: DreamBooth, seed: int) -> None:
+        """Makes an untouched backbone ready to learn, on the device where it is."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # a LoRA starts from random numbers
+            self.prepare(backbone, bool(training.train_text_encoder))
+        backbone.to(backbone.alphas_cumprod.device)
+        if training.gradient_checkpointing:
+            backbone.enable_gradient_checkpointing()
+
+    def surrogate_settings(self, training: DreamBooth, defaults: Defaults) -> DreamBooth:
+        """Settings of a surrogate that learns in this way: phases as usual, the learning rate of what is trained."""
+        if self.role != "full":
+            recipe = defaults.recipe(self.role)
+            training = replace(
+                training,
+                learning_rate=given(training.learning_rate, recipe.learning_rate),
+                train_text_encoder=given(training.train_text_encoder, recipe.train_text_encoder),
+            )
+        return replace(training.completed(defaults), instance_prompt=self.prompt(training.instance_prompt))
+
+
+class Untrained(Adaptation):
+    """Nothing at all: the base model fine-tuned on nobody, the control that shows what chance gives."""
+
+    role = "full"
+    folder = ""
+
+    def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
+        """There is nothing to train."""
+        raise InputError("Untrained has nothing to train: it is for `test` only")
+
+    def save(self, backbone: Backbone, folder: Path) -> None:
+        """There is nothing to save."""
+
+    def load(self, backbone: Backbone, folder: Path) -> None:
+        """Leaves the backbone as it is."""
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns what loading raises, whatever it is, into one message with the fix."""
+    try:
+        yield
+    # diffusers, peft and safetensors raise unrelated types for a missing file, another shape, a damaged file.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{folder} holds no result of this victim on this backbone ({reason}): run `fit` with the same "
+            f"--model.backbone and --model.adaptation first"
+        ) from error

@@ -1,0 +1,115 @@
+"""DreamBooth (arXiv:2208.12242): its settings and its loss, for the surrogate and for the victim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.defaults import Defaults, Role, given
+from antidreambooth.diffusion.draws import Draw, Uniform
+
+
+@dataclass(frozen=True)
+class PriorPreservation:
+    """DreamBooth's second loss, on images of the class (arXiv:2208.12242, Section 3.2).
+
+    Args:
+        weight: its weight; 0 switches it off. The backbone's own when not given: 1 as published, embedded: 0.
+        class_prompt: what the class images show. The backbone's own when not given: "a photo of person",
+            embedded: "a photo of a person".
+        images: class images, sampled once from the untouched backbone and cached.
+    """
+
+    weight: float | None = None
+    class_prompt: str | None = None
+    images: int = 200
+
+
+@dataclass(frozen=True)
+class DreamBooth:
+    """How a surrogate or a victim trains (arXiv:2208.12242; the values of arXiv:2303.15433, Section 5.1).
+
+    What is not given is the backbone's own; the published values are for Stable Diffusion.
+
+    Args:
+        learning_rate: of AdamW. Published: 5e-7; embedded: 2e-4.
+        steps: optimizer steps: a victim's in all, a surrogate's in each phase of a round. Published: 1000 and 3.
+        batch_size: instance images in a step. Published: 2, a surrogate's 1; embedded: 8 and 2.
+        weight_decay: of AdamW.
+        instance_prompt: names the person by a rare identifier.
+        train_text_encoder: whether the text encoder learns too. Yes, but not with a LoRA, when not given.
+        gradient_checkpointing: less memory for about a third more time.
+        prior: prior preservation.
+    """
+
+    learning_rate: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    weight_decay: float = 1e-2
+    instance_prompt: str = "a photo of sks person"
+    train_text_encoder: bool | None = None
+    gradient_checkpointing: bool = False
+    prior: PriorPreservation = field(default_factory=PriorPreservation)
+
+    def completed(self, defaults: Defaults, role: Role = "surrogate") -> DreamBooth:
+        """The same settings with the backbone's own values where none were given."""
+        recipe = defaults.recipe(role)
+        prior = replace(
+            self.prior,
+            weight=given(self.prior.weight, defaults.prior_weight),
+            class_prompt=given(self.prior.class_prompt, defaults.class_prompt),
+        )
+        return replace(
+            self,
+            learning_rate=given(self.learning_rate, recipe.learning_rate),
+            steps=given(self.steps, recipe.steps),
+            batch_size=given(self.batch_size, recipe.batch_size),
+            train_text_encoder=given(self.train_text_encoder, recipe.train_text_encoder),
+            prior=prior,
+        )
+
+
+def dreambooth_loss(
+    backbone: Backbone,
+    training: DreamBooth,
+    instances: Posterior,
+    classes: Posterior | None,
+    generator: torch.Generator,
+) -> Float[Tensor, ""]:
+    """L(x_instance; instance prompt) + weight L(x_class; class prompt) (arXiv:2208.12242, equation 2), one batch."""
+    prompts, posterior, count = [training.instance_prompt], instances, len(instances.mean)
+    if classes is not None:
+        prompts.append(given(training.prior.class_prompt, backbone.defaults.class_prompt))
+        posterior = Posterior(torch.cat([instances.mean, classes.mean]), torch.cat([instances.std, classes.std]))
+    draw = Draw.sample(backbone, posterior.mean.shape, Uniform(), generator)
+    embeddings = backbone.embed(prompts).repeat_interleave(count, dim=0)
+    latents = posterior.sample(draw.posterior_noise)
+    losses = backbone.denoising_loss(latents, draw.timesteps, draw.noise, embeddings)
+    if classes is None:
+        return losses.mean()
+    return losses[:count].mean() + given(training.prior.weight, backbone.defaults.prior_weight) * losses[count:].mean()
+
+
+def trainable(backbone: Backbone, training: DreamBooth) -> list[nn.Module]:
+    """The parts of the backbone that DreamBooth trains."""
+    parts: list[nn.Module] = [backbone.unet]
+    return [*parts, backbone.text_encoder] if training.train_text_encoder else parts
+
+
+@contextmanager
+def training_mode(backbone: Backbone, training: DreamBooth) -> Iterator[None]:
+    """The trained parts in training mode, as dropout wants it."""
+    parts = trainable(backbone, training)
+    for part in parts:
+        part.train()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.eval()

@@ -1,0 +1,88 @@
+"""Low-rank updates learn: what most people use today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.errors import InputError
+from antidreambooth.finetuning.adaptation import Adaptation, explained
+
+
+class LoRA(Adaptation):
+    """Low-rank updates of the attention layers (arXiv:2106.09685), as most people fine-tune today.
+
+    Saved as ``lora/pytorch_lora_weights.safetensors``.
+
+    Args:
+        rank: of the updates.
+        alpha: their scale is alpha / rank; the rank when not given.
+        targets: names of the U-Net's layers that get one.
+        text_targets: names of the text encoder's layers that get one, if it is trained.
+    """
+
+    role = "lora"
+    folder = "lora"
+
+    def __init__(
+        self,
+        rank: int = 16,
+        alpha: int | None = None,
+        targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"],  # noqa: B006 (never changed)
+        text_targets: list[str] = ["q_proj", "k_proj", "v_proj", "out_proj"],  # noqa: B006
+    ) -> None:
+        self.rank, self.alpha, self.targets, self.text_targets = rank, alpha, targets, text_targets
+
+    def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
+        """Adds the updates; only they are trained."""
+        parts = [(backbone.unet, self.targets)]
+        if train_text_encoder:
+            parts.append((backbone.text_encoder, self.text_targets))
+        for part, targets in parts:
+            names = [name for name, _ in part.named_modules()]
+            missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+            if missing:
+                raise InputError(f"the {type(part).__name__} has no layers {', '.join(missing)} for a LoRA to change")
+            alpha = self.rank if self.alpha is None else self.alpha
+            try:
+                part.add_adapter(LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets))
+            except ValueError as error:  # transformers may ask for a newer peft than there is
+                raise InputError(f"the {type(part).__name__} takes no LoRA: {error}") from error
+
+    def save(self, backbone: Backbone, folder: Path) -> None:
+        """A file for ``pipeline.load_lora_weights``."""
+
+        def layers(part: nn.Module) -> dict[str, Tensor] | None:
+            if not getattr(part, "peft_config", None):
+                return None
+            # Embeddings are never changed; peft would look for a file to see whether they were.
+            state: dict[str, Tensor] = convert_state_dict_to_diffusers(
+                get_peft_model_state_dict(part, save_embedding_layers=False)
+            )
+            return state
+
+        def metadata(part: nn.Module) -> dict[str, object] | None:
+            config = getattr(part, "peft_config", None)
+            if not config:
+                return None
+            # A set's order changes from run to run, and the metadata with it.
+            return {k: sorted(v) if isinstance(v, set) else v for k, v in config["default"].to_dict().items()}
+
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=layers(backbone.unet),
+            text_encoder_lora_layers=layers(backbone.text_encoder),
+            unet_lora_adapter_metadata=metadata(backbone.unet),
+            text_encoder_lora_adapter_metadata=metadata(backbone.text_encoder),
+        )
+
+    def load(self, backbone: Backbone, folder: Path) -> None:
+        """Adds the trained updates."""
+        with explained(folder):
+            backbone.pipeline().load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")

@@ -1,0 +1,98 @@
+"""FSMG's surrogates: victims of our own, trained on the clean photos before the attack and reused after it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from antidreambooth.errors import InputError
+from antidreambooth.files import write_json
+from antidreambooth.finetuning.full import Full
+from launch.runs import Fit, contents, finished, is_config, located
+from lightning_modules.fsmg import FSMG, surrogate_folder
+
+
+def train_surrogates(module: FSMG, config: Namespace, fit: Fit) -> None:
+    """Trains the surrogates that a run attacks, where they are not there yet.
+
+    Args:
+        module: of the run.
+        config: of the run.
+        fit: runs a command line of this project.
+
+    Raises:
+        InputError: one that is there was trained otherwise, or it would have to be trained by several processes.
+    """
+    wanted, data, trainer = module.hparams, config.data.init_args, config.trainer
+    if wanted.surrogate is None:
+        return
+    victim, *flags = shlex.split(wanted.surrogate) or [""]
+    if not is_config(victim) or not Path(located(victim)).is_file():
+        raise InputError(f"--model.surrogate {wanted.surrogate!r} is no config file of a victim (configs/), nor null")
+    photos, root = data.clean_photos or data.photos, Path(trainer.default_root_dir or ".").expanduser()
+    for backbone in [wanted.backbone, *wanted.ensemble.backbones]:
+        own = {"revision": wanted.revision, "variant": wanted.variant} if backbone == wanted.backbone else {}
+        model = {"backbone": backbone, "resolution": module.resolution, **own}
+        settings = {
+            "victim": wanted.surrogate,
+            "model": model,
+            "photos": contents(photos),
+            "seed": config.seed_everything,
+            "precision": str(trainer.precision),
+        }
+        folder = surrogate_folder(root, backbone)
+        if finished(folder / "surrogate.json", settings):
+            continue
+        _refuse_several(trainer, folder)
+        arguments = {
+            **{f"model.{name}": value for name, value in model.items() if value is not None},
+            "data.photos": photos,
+            "seed_everything": config.seed_everything,
+            "trainer.default_root_dir": folder,
+            "trainer.accelerator": trainer.accelerator,
+            "trainer.devices": trainer.devices[:1] if isinstance(trainer.devices, list) else 1,
+            "trainer.precision": trainer.precision,
+            "checkpoint.every_n_train_steps": 0,
+        }
+        with _same_seed_afterwards():
+            fit(["fit", f"--config={located(victim)}", *(f"--{k}={v}" for k, v in arguments.items()), *flags])
+        gc.collect()  # its weights and moments
+        if not (folder / Full.folder).is_dir():
+            raise InputError(f"--model.surrogate {wanted.surrogate!r} trains no whole model: FSMG attacks one")
+        write_json(folder / "surrogate.json", {"settings": settings, "passes": _passes(folder)})
+
+
+def _refuse_several(trainer: Namespace, folder: Path) -> None:
+    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    if started > 1 or trainer.num_nodes > 1:
+        raise InputError(
+            f"the surrogate {folder} is not trained yet, and several processes were started at once: run this "
+            "command with one process first (--trainer.max_epochs 1 is enough)"
+        )
+
+
+@contextmanager
+def _same_seed_afterwards() -> Iterator[None]:
+    """A fit leaves its seed in the environment, where every round of this one looks for its own."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    try:
+        yield
+    finally:
+        if seed is not None:
+            os.environ["PL_GLOBAL_SEED"] = seed
+
+
+def _passes(folder: Path) -> dict[str, int]:
+    """Images that went through the U-Net in training."""
+    record: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    training = record["settings"]["model"]["training"]
+    images = training["batch_size"] * (2 if training["prior"]["weight"] else 1)
+    return {"unet": record["steps"] * images}

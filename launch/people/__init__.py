@@ -1,0 +1,1 @@
+"""``cli.py people``: a folder of people, each cloaked by a run of their own."""

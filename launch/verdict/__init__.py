@@ -1,0 +1,1 @@
+"""``cli.py verdict``: many victims, compared."""

@@ -1,0 +1,1 @@
+"""How Lightning runs the modules: strategies, sharding, borrowed weights, preemption, checkpoints."""

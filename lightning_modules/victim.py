@@ -1,0 +1,230 @@
+"""The attacker: whoever fine-tunes a model on somebody's photos."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from tqdm import tqdm
+
+from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.loading import load_backbone, read_defaults
+from antidreambooth.diffusion.sampling import Generation, noise_of, sample
+from antidreambooth.errors import InputError
+from antidreambooth.evaluation.faces import Dlib, FaceModel, reference
+from antidreambooth.evaluation.measures import face_measures
+from antidreambooth.finetuning.adaptation import Adaptation
+from antidreambooth.finetuning.augmentation import Augmentation
+from antidreambooth.finetuning.dreambooth import DreamBooth, dreambooth_loss
+from antidreambooth.finetuning.full import Full
+from antidreambooth.photos.decoding import to_float
+from antidreambooth.photos.delivery import to_8bit
+from lightning_modules.backbone_module import BackboneModule
+from lightning_modules.running.sharding import gathered, sharded
+
+MICRO_BATCH = 8  # photos encoded at a time
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What steps the weights beside the learning rate.
+
+    Args:
+        schedule: of the learning rate, by diffusers' names: constant, linear, cosine, constant_with_warmup ...
+        warmup_steps: of the schedules that have a warm-up.
+        eight_bit: AdamW with 8-bit moments (bitsandbytes, on a GPU): a quarter of their memory.
+    """
+
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    eight_bit: bool = False
+
+
+class Victim(BackboneModule):
+    """DreamBooth on published photos (arXiv:2208.12242; as in https://arxiv.org/abs/2303.15433, Section 5.1).
+
+    ``fit`` trains, ``test`` generates pictures of the person and measures how much of the person is in them.
+
+    Args:
+        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        resolution: side of the pictures in pixels; what the backbone was made for when not given.
+        adaptation: what is trained: Full, LoRA or TextualInversion (Untrained for a test of the base model).
+        training: how.
+        augmentation: what the attacker's pipeline does to photos.
+        optimization: schedule and kind of the optimizer.
+        generation: which pictures a test asks for.
+        faces: detector and embedding of a test; Dlib when not given.
+        stability: whether a test also measures the quality of faces, which makes it several times slower.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: str = "embedded",
+        revision: str | None = None,
+        variant: str | None = None,
+        resolution: int | None = None,
+        adaptation: Adaptation | None = None,
+        training: DreamBooth = DreamBooth(),  # noqa: B008 (frozen)
+        augmentation: Augmentation = Augmentation(),  # noqa: B008
+        optimization: Optimization = Optimization(),
+        generation: Generation = Generation(),  # noqa: B008
+        faces: FaceModel | None = None,
+        stability: bool = False,
+    ) -> None:
+        super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
+        self.adaptation = adaptation or Full()
+        training = training.completed(read_defaults(backbone), self.adaptation.role)
+        prompt = self.adaptation.prompt(training.instance_prompt)
+        self.training_settings = replace(training, instance_prompt=prompt)
+        self.steps = self.training_settings.steps
+        self.generation, self.augmentation, self.optimization = generation, augmentation, optimization
+        self.faces = faces or Dlib()
+        self.save_hyperparameters(logger=False)
+        self.posterior: Posterior | None = None
+        self.classes: Posterior | None = None
+        self.rows: list[dict[str, Any]] = []
+        self.pictures: list[Tensor] = []
+
+    def setup(self, stage: str) -> None:
+        """Refuses a test in which each rank would wait for the others."""
+        super().setup(stage)
+        if stage == "test" and sharded(self.trainer.strategy):
+            raise InputError("each rank of a test draws its own pictures: use --trainer.strategy ddp")
+
+    def build(self) -> None:
+        """Loads the backbone; makes it ready to train, or to be tested as it was trained."""
+        super().build()
+        training = self.training_settings
+        if self.trainer.testing:
+            self.adaptation.load(self.backbone, Path(self.trainer.default_root_dir) / self.adaptation.folder)
+            return
+        self.classes = self.class_posterior(self.backbone, training.prior, MICRO_BATCH)
+        self.adaptation.apply(self.backbone, training, self.seed)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over what is trained, and a learning rate that follows the schedule step by step."""
+        chosen, settings = self.optimization, self.training_settings
+        optimizer = self._optimizer(self.backbone.learned())
+        schedule = get_scheduler(
+            chosen.schedule, optimizer, num_warmup_steps=chosen.warmup_steps, num_training_steps=settings.steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """The trained parts in training mode."""
+        super().on_train_start()
+        for part in (self.backbone.unet, self.backbone.text_encoder):
+            part.train(any(p.requires_grad for p in part.parameters()))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """The step is whole."""
+        self.preemption.leave_if_asked(self.trainer)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The DreamBooth loss of one batch of photos; ``batch`` holds all of them, in 8 bits."""
+        settings, turn = self.training_settings, self.turn_of(batch_idx)
+        generator = turn.generator(self.device)
+        (chosen,) = turn.batches(1, settings.batch_size, len(batch))
+        classes = None
+        if self.classes is not None:
+            (others,) = turn.batches(1, settings.batch_size, len(self.classes.mean))
+            classes = self.classes.rows(others)
+        loss = dreambooth_loss(self.backbone, settings, self._instances(batch, chosen, generator), classes, generator)
+        self.log("victim/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def trained(self) -> Backbone:
+        """The backbone with all of its weights in one place, to be saved; every rank has to ask."""
+        if not sharded(self.trainer.strategy):
+            return self.backbone
+        weights = gathered(self.trainer.strategy, self.backbone)
+        whole = load_backbone(self.hparams.backbone, self.hparams.revision, self.hparams.variant)
+        self.adaptation.apply(whole, self.training_settings, self.seed)
+        whole.load_state_dict(weights, strict=False)
+        return whole
+
+    def test_step(self, batch: list[tuple[str, Tensor]], batch_idx: int) -> None:
+        """Generates this rank's share of the pictures and measures them against the reference photos."""
+        known, asked = reference(self.faces, [(name, self._as_drawn(photo)) for name, photo in batch]), self.generation
+        measures = face_measures(self.faces, known, stability=self.hparams.stability).to(self.device)
+        self._warn_of_strangers()
+        mine = list(range(self.global_rank, asked.images, self.trainer.world_size))
+        chunks = [
+            (number, mine[start : start + asked.batch])
+            for number in range(len(asked.prompts))
+            for start in range(0, len(mine), asked.batch)
+        ]
+        for number, indices in tqdm(chunks, desc="pictures", unit="batch", disable=self.global_rank > 0):
+            prompt = asked.prompts[number]
+            noise = noise_of(self.backbone, self.resolution, indices, asked.seed)
+            pictures = sample(
+                self.backbone, self.prompt(prompt), noise, asked.guidance_scale, asked.sampling_steps
+            ).cpu()
+            columns = measures.forward_images(pictures)
+            self.pictures += list(pictures)
+            self.rows += [
+                {"prompt": prompt, "index": index, "file": f"images/{number}-{index:03d}.png"}
+                | {name: float(values[row]) for name, values in columns.items()}
+                for row, index in enumerate(indices)
+            ]
+        self.log_dict(measures.compute(), batch_size=1)
+
+    def _as_drawn(self, photo: Tensor) -> Tensor:
+        """A reference photo at the sharpness that the backbone can reach, where the backbone asks for that."""
+        if not self.backbone.defaults.blurred_references:
+            return photo
+        seen = self.backbone.reconstruct(to_float(photo[None]))
+        return to_8bit(seen, photo[None], budget=255.0)[0]
+
+    def prompt(self, text: str) -> str:
+        """A prompt as the adaptation writes it."""
+        return self.adaptation.prompt(text)
+
+    def effective(self) -> dict[str, Any]:
+        """Also what the backbone said where the user said nothing."""
+        chosen = {"adaptation": self.adaptation, "training": self.training_settings, "faces": self.faces.name}
+        return {**super().effective(), **chosen}
+
+    def _instances(self, photos: Tensor, chosen: Tensor, generator: torch.Generator) -> Posterior:
+        """Latents of the chosen photos: computed once, unless each step changes the photos."""
+        if self.augmentation.active:
+            changed = self.augmentation(photos[chosen.to(photos.device)], generator)
+            return self.backbone.encode_all(to_float(changed), MICRO_BATCH)
+        if self.posterior is None:
+            self.posterior = self.backbone.encode_all(to_float(photos), MICRO_BATCH)
+        return self.posterior.rows(chosen)
+
+    def _optimizer(self, parameters: list[torch.nn.Parameter]) -> Optimizer:
+        settings = self.training_settings
+        if not self.optimization.eight_bit:
+            fused = not self.trainer.gradient_clip_val  # Lightning refuses to clip before a fused step
+            return AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
+        if self.device.type != "cuda":
+            raise InputError("8-bit AdamW works on a GPU only: leave out --model.optimization.eight_bit")
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise InputError("8-bit AdamW needs bitsandbytes: pip install bitsandbytes") from error
+        return AdamW8bit(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+    def _warn_of_strangers(self) -> None:
+        """A prompt without the identifier asks for nobody in particular."""
+        settings = self.hparams.training.completed(self.backbone.defaults, self.adaptation.role)
+        words = {*re.findall(r"\w+", settings.instance_prompt)} - {*re.findall(r"\w+", settings.prior.class_prompt)}
+        for prompt in self.generation.prompts:
+            if words and not words & {*re.findall(r"\w+", prompt)}:
+                warnings.warn(
+                    f"the prompt {prompt!r} names nobody: the model was trained on {settings.instance_prompt!r} "
+                    f"and knows the person as {' '.join(sorted(words))!r}",
+                    stacklevel=2,
+                )

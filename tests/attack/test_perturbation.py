@@ -1,0 +1,129 @@
+"""Projection, pixel gradient, PGD."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antidreambooth.attack.objectives import Denoising, Targeted, Transformed
+from antidreambooth.attack.perturbation import PGD, STEP, pixel_gradient, project
+from antidreambooth.attack.surrogates import Fixed
+from antidreambooth.attack.transforms import Crop, Flip
+from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.errors import InputError
+from antidreambooth.photos.decoding import to_float
+from antidreambooth.photos.delivery import to_8bit
+from tests.conftest import random_images
+
+
+@given(seed=st.integers(0, 2**31), budget=st.floats(0, 300), spread=st.floats(0.001, 3))
+@settings(max_examples=60, deadline=None)
+def test_projection_is_feasible_idempotent_and_nearest(seed, budget, spread):
+    originals = to_float(random_images(2, 4, seed))
+    images = originals + spread * torch.randn(originals.shape, generator=torch.Generator().manual_seed(seed))
+    radius = budget * STEP
+    projected = project(images, originals, radius)
+    assert projected.abs().max() <= 1
+    assert (projected - originals).abs().max() <= radius + 1e-6
+    assert torch.equal(project(projected, originals, radius), projected)
+    inside = ((images - originals).abs() <= radius) & (images.abs() <= 1)
+    assert torch.equal(projected[inside], images[inside])
+    assert ((projected - images).abs() <= (originals - images).abs() + 1e-6).all()
+
+
+@given(seed=st.integers(0, 2**31), budget=st.floats(1, 64))
+@settings(max_examples=40, deadline=None)
+def test_budget_survives_projection_and_rounding(seed, budget):
+    originals = random_images(2, 4, seed)
+    images = to_float(originals)
+    moved = project(images + torch.randn(images.shape).sign(), images, budget * STEP)
+    written = to_8bit(moved, originals, budget)
+    assert (written.int() - originals.int()).abs().max() <= int(budget)
+
+
+def gradient(backbone, images, micro_batch):
+    objective = Denoising()
+    draw = objective.draw(backbone, images, Turn(0).generator(images.device))
+    embedding = backbone.embed(["a photo of sks person"])
+    return pixel_gradient(objective, backbone, images, embedding, draw, micro_batch)
+
+
+OBJECTIVES = {
+    "denoising": Denoising(),
+    "targeted": Targeted("rings"),
+    "transformed": Transformed([Flip(), Crop(0.5)], Targeted()),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_pixel_gradient_is_that_of_a_finite_difference(any_backbone, objective):
+    any_backbone.double()
+    images = to_float(random_images(2)).double()
+    draw = objective.draw(any_backbone, images, Turn(0).generator(images.device))
+    embedding = any_backbone.embed([PROMPT]).detach()
+    direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def value(x):
+        with torch.no_grad():
+            return objective(any_backbone, x, embedding, draw).mean()
+
+    h = 1e-6
+    expected = (value(images + h * direction) - value(images - h * direction)) / (2 * h)
+    actual, same = pixel_gradient(objective, any_backbone, images, embedding, draw, 2)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(same, value(images))
+    torch.testing.assert_close((actual * direction).sum(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 8])
+def test_micro_batches_do_not_change_the_gradient(any_backbone, objective, micro_batch):
+    images = to_float(random_images(5))
+    draw = objective.draw(any_backbone, images, Turn(0).generator(images.device))
+    embedding = any_backbone.embed([PROMPT]).detach()
+    expected, value = pixel_gradient(objective, any_backbone, images, embedding, draw, 5)
+    actual, same_value = pixel_gradient(objective, any_backbone, images, embedding, draw, micro_batch)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(same_value, value, rtol=1e-5, atol=1e-7)
+
+
+PROMPT = "a photo of sks person"
+
+
+def test_attack_raises_the_objective_and_leaves_the_model_alone(backbone):
+    backbone.requires_grad_(True)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    originals = to_float(random_images(3))
+    generator = Turn(0).generator(originals.device)
+    cloaked, _ = PGD(budget=8.0, steps=20)(Fixed(backbone, PROMPT), originals, originals, generator)
+    (_, low), (_, high) = gradient(backbone, originals, 3), gradient(backbone, cloaked, 3)
+    assert high > low
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in backbone.parameters())
+    assert 0 < (cloaked - originals).abs().max() <= 8 * STEP + 1e-6
+
+
+def test_step_size_defaults_to_a_tenth_of_the_budget(backbone):
+    originals = to_float(random_images(1)) * 0.5
+    cloaked, _ = PGD(budget=10.0, steps=1)(Fixed(backbone, PROMPT), originals, originals, torch.Generator())
+    torch.testing.assert_close((cloaked - originals).abs().max(), torch.tensor(STEP), rtol=1e-4, atol=0)
+
+
+def test_the_gradient_is_averaged_over_processes(backbone):
+    seen = []
+    attack = PGD(steps=1, reduce=lambda g: seen.append(g) or -g)
+    originals = to_float(random_images(1)) * 0.5
+    down, _ = attack(Fixed(backbone, PROMPT), originals, originals, torch.Generator().manual_seed(0))
+    up, _ = PGD(steps=1)(Fixed(backbone, PROMPT), originals, originals, torch.Generator().manual_seed(0))
+    (gradient,) = seen
+    torch.testing.assert_close(up, originals + 0.8 * STEP * gradient.sign())
+    torch.testing.assert_close(down, originals - 0.8 * STEP * gradient.sign())  # what `reduce` gives back is climbed
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"budget": 0.5}, "0.5"), ({"budget": 300.0}, "300"), ({"step_size": 0.0}, "0.0"), ({"micro_batch": 0}, "micro")],
+)
+def test_impossible_settings_are_refused(settings, named):
+    with pytest.raises(InputError, match=named):
+        PGD(**settings)

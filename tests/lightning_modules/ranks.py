@@ -1,0 +1,125 @@
+"""What one rank does in the test of the strategies: the real modules under each of them, in one process group.
+
+Run by test_strategies.py, with torchrun's variables set, as
+``python -m tests.lightning_modules.ranks OUT MODEL PHOTOS NAMES``.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from safetensors.torch import save_file
+
+from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
+from antidreambooth.finetuning.weights import Weights
+from callbacks import TrainedModel
+from datamodules import Protection, Subject
+from lightning_modules import ASPL, FSDP2, DeepSpeed, Victim
+from lightning_modules.running.sharding import gathered
+
+SURROGATE = DreamBooth(learning_rate=1e-3, batch_size=2, steps=2, prior=PriorPreservation(weight=0.5, images=3))
+VICTIM = DreamBooth(learning_rate=1e-3, batch_size=2, steps=4, prior=PriorPreservation(weight=0.5, images=3))
+ROUNDS = 2
+SEED = 5
+
+
+class DeepSpeedCPU(DeepSpeed):
+    """DeepSpeed without a GPU, which Lightning refuses."""
+
+    def setup_environment(self):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for a minute
+        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices))]
+        super(DeepSpeedStrategy, self).setup_environment()
+
+
+STRATEGIES = {
+    "ddp": lambda: DDPStrategy(forward_sync_buffers=False),
+    "zero-1": lambda: DeepSpeedCPU(stage=1),
+    "zero-2": lambda: DeepSpeedCPU(stage=2),
+    "zero-3": lambda: DeepSpeedCPU(stage=3),
+    "fsdp": FSDP2,
+}
+
+
+class Held(Callback):
+    """Writes what this rank holds at the end."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_fit_end(self, trainer, module):
+        held = module.backbone
+        whole = gathered(trainer.strategy, held) if module.together else dict(held.named_parameters())
+        tensors = {k: v.detach().clone() for k, v in whole.items() if module.together or v.requires_grad}
+        if isinstance(module, ASPL):
+            tensors["perturbation"] = module.perturbation
+            stray = [p.grad.abs().max() for p in held.parameters() if p.grad is not None and p.grad.numel()]
+            tensors["stray"] = torch.stack([*map(torch.as_tensor, stray), torch.zeros(())]).max().reshape(1)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, self.file)
+
+
+def fit(out, name, module, data, epochs, checkpoint=None, precision="32-true", **flags):
+    """One fit; returns the folder of its checkpoint."""
+    root = out / name
+    kept = ModelCheckpoint(root / "checkpoints", "last", every_n_epochs=1, enable_version_counter=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=STRATEGIES[name.split("_")[0]](),
+        precision=precision,
+        plugins=[TorchElasticEnvironment()],
+        max_epochs=epochs,
+        default_root_dir=root,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Held(out / f"{name}-{os.environ['RANK']}.safetensors"), kept, *flags.pop("callbacks", [])],
+        **flags,
+    )
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    return root / "checkpoints" / "last.ckpt"
+
+
+def main(out, model, photos, names):
+    """Every strategy: ASPL in one go, in two parts, without giving the weights back; and the victim."""
+    for name in names:
+        protect = lambda: Protection(photos, resolution=16)  # noqa: E731
+        aspl = lambda: ASPL(backbone=model, surrogate=SURROGATE, pgd_steps=2)  # noqa: E731
+        fit(out, f"{name}_aspl", aspl(), protect(), ROUNDS)
+        half = fit(out, f"{name}_parts", aspl(), protect(), 1)
+        fit(out, f"{name}_parts", aspl(), protect(), ROUNDS, half)
+        fit(
+            out,
+            f"{name}_victim",
+            Victim(backbone=model, training=VICTIM),
+            Subject(photos, resolution=16, steps=4),
+            1,
+            callbacks=[TrainedModel()],
+        )
+    for name in ("ddp", "zero-2"):
+        fit(out, f"{name}_bf16", aspl(), protect(), ROUNDS, precision="bf16-mixed")
+    original, Weights.restore = Weights.restore, lambda self, kept: None
+    fit(out, "ddp_control", aspl(), protect(), ROUNDS)
+    Weights.restore = original
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    os.environ["PL_GLOBAL_SEED"] = str(SEED)
+    folder, base, pictures, wanted = sys.argv[1:]
+    main(Path(folder), base, pictures, wanted.split(","))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # FSDP2 on gloo may abort at the interpreter's end, after success

@@ -1,0 +1,143 @@
+"""Training another base model, small: what comes out, going on, bad input."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import compute_snr
+
+from antidreambooth.diffusion.loading import load_backbone
+from antidreambooth.errors import InputError
+from antidreambooth.photos.captioned import read_pictures
+from cli import main
+from lightning_modules import Pretraining
+from tests.conftest import ROOT, contents
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),  # lightning's own
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments_of_pytests(monkeypatch):
+    """LightningCLI warns about arguments of the process beside the given ones."""
+    monkeypatch.setattr(sys, "argv", ["cli.py"])
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    np.save(folder / "pictures.npy", np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8))
+    (folder / "captions.json").write_text(json.dumps(["a photo of a man", "a photo of a woman"] * 10))
+    return folder
+
+
+@pytest.fixture
+def fit(small_model, pictures, tmp_path):
+    def build(*more, out="out", steps=3):
+        return [
+            "fit",
+            f"--config={ROOT / 'configs' / 'pretraining.yaml'}",
+            f"--data.folder={pictures}",
+            f"--model.backbone={small_model}",
+            "--model.widths=[16, 32]",
+            f"--model.steps={steps}",
+            "--model.batch_size=4",
+            "--model.learning_rate=1e-2",
+            "--model.warmup_steps=1",
+            "--model.averaging=0.5",
+            "--trainer.accelerator=cpu",
+            "--trainer.precision=32-true",
+            f"--trainer.default_root_dir={tmp_path / out}",
+            "--checkpoint.every_n_train_steps=1",
+            *more,
+        ]
+
+    return build
+
+
+def test_a_sibling_is_a_backbone_with_the_same_autoencoder(fit, small_model, tmp_path):
+    main(fit())
+    folder = tmp_path / "out" / "model"
+    first, sibling = load_backbone(str(small_model)), load_backbone(str(folder))
+    assert list(sibling.unet.config.block_out_channels) == [16, 32]
+    assert all(torch.equal(v, sibling.vae.state_dict()[k]) for k, v in first.vae.state_dict().items())
+    assert sibling.fingerprint() != first.fingerprint()
+    assert sibling.defaults == first.defaults
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert pipeline("a photo of a man", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+
+
+def test_twice_gives_the_same_another_seed_another(fit, tmp_path):
+    for out, more in (("one", []), ("two", []), ("three", ["--seed_everything=1"])):
+        main(fit(*more, out=out))
+    one, two, three = (contents(tmp_path / out / "model" / "unet") for out in ("one", "two", "three"))
+    assert one == two
+    assert one != three
+
+
+def test_going_on_equals_not_stopping(fit, tmp_path):
+    main(fit(out="whole", steps=4))
+    main(fit("--trainer.max_steps=2", out="parts", steps=4))
+    main(fit("--ckpt_path=last", out="parts", steps=4))
+    assert contents(tmp_path / "whole" / "model") == contents(tmp_path / "parts" / "model")
+
+
+def test_what_is_saved_is_the_average(fit, tmp_path):
+    main(fit(steps=2))
+    main(fit("--model.averaging=0.0", steps=2, out="last"))
+    assert contents(tmp_path / "out" / "model" / "unet") != contents(tmp_path / "last" / "model" / "unet")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_weights_are_min_snr_as_diffusers_training_writes_it(small_model, small_v_model, prediction):
+    module = Pretraining()
+    module.backbone = load_backbone(str(small_model if prediction == "epsilon" else small_v_model))
+    timesteps = torch.tensor([0, 10, 200, 600, 999])
+    snr = compute_snr(module.backbone.scheduler, timesteps)
+    wanted = torch.minimum(snr, torch.tensor(5.0)) / (snr if prediction == "epsilon" else snr + 1)
+    torch.testing.assert_close(module._weights(timesteps), wanted)
+
+
+def test_latents_of_other_pictures_are_not_used(fit, pictures, tmp_path):
+    main(fit(steps=1))
+    before = (tmp_path / "out" / "latents.safetensors").read_bytes()
+    np.save(pictures / "pictures.npy", np.zeros((20, 16, 16, 3), np.uint8))
+    main(fit(steps=1))
+    assert (tmp_path / "out" / "latents.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--model.resolution=32", "are 16 pixels wide, the model wants 32"), ("--model.widths=[16]", "make no U-Net")],
+)
+def test_what_does_not_fit_is_refused(fit, flag, message):
+    with pytest.raises(SystemExit, match=message):
+        main(fit(flag))
+
+
+@pytest.mark.parametrize(
+    ("array", "captions", "message"),
+    [
+        (None, ["a"], r"pictures\.npy cannot be read"),
+        (np.zeros((1, 4, 4, 3), np.uint8), None, r"captions\.json cannot be read"),
+        (np.zeros((1, 4, 4, 3), np.float32), ["a"], "holds float32"),
+        (np.zeros((1, 4, 6, 3), np.uint8), ["a"], r"shape \(1, 4, 6, 3\)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), ["a"], "holds 2 pictures"),
+        (np.zeros((0, 4, 4, 3), np.uint8), [], "holds 0 pictures"),
+        (np.zeros((1, 4, 4, 3), np.uint8), [5], "does not hold as many captions"),
+        (np.array([{"a": 1}]), ["a"], "cannot be read"),  # a pickle
+    ],
+)
+def test_what_are_no_pictures_is_refused(tmp_path, array, captions, message):
+    if array is not None:
+        np.save(tmp_path / "pictures.npy", array)
+    if captions is not None:
+        (tmp_path / "captions.json").write_text(json.dumps(captions))
+    with pytest.raises(InputError, match=message):
+        read_pictures(tmp_path)

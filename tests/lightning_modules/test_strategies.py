@@ -1,0 +1,264 @@
+"""Two ranks under every strategy against one process that draws the same noise, with the real modules."""
+
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from copy import deepcopy
+
+import pytest
+import torch
+from lightning import Trainer
+from safetensors.torch import load_file
+from torch.optim import AdamW
+from torchvision.utils import save_image
+
+from antidreambooth.attack.objectives import Denoising
+from antidreambooth.attack.perturbation import STEP, pixel_gradient
+from antidreambooth.diffusion.class_images import class_images
+from antidreambooth.diffusion.loading import load_backbone
+from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.finetuning.dreambooth import dreambooth_loss, training_mode
+from antidreambooth.finetuning.full import Full
+from antidreambooth.photos.decoding import load_photos, to_float
+from cli import EXPECTED
+from datamodules import Protection
+from lightning_modules import ASPL
+from tests.conftest import ROOT
+from tests.lightning_modules.ranks import ROUNDS, SEED, STRATEGIES, SURROGATE, VICTIM
+
+RANKS = 2
+NAMES = list(STRATEGIES)
+# Where no rank has all weights, hooks around the modules change the order in which autograd adds up the gradients of
+# what is used several times: equal but for rounding, which AdamW's and PGD's signs then enlarge.
+ROUNDED = ("zero-3", "fsdp")
+
+
+def every_expected_warning(test):
+    """What the command line ignores, too."""
+    for message in EXPECTED:
+        test = pytest.mark.filterwarnings(f"ignore:{message}")(test)
+    return test
+
+
+class Several:
+    """One model that sees what several ranks see, one after the other, and steps with the mean of their gradients."""
+
+    def __init__(self, backbone, training, number):
+        self.backbone, self.training = backbone, training
+        self.turns = [Turn(number, SEED, rank, RANKS) for rank in range(RANKS)]
+        self.generators = [turn.generator(torch.device("cpu")) for turn in self.turns]
+
+    def optimizer(self):
+        return AdamW(self.backbone.learned(), lr=self.training.learning_rate, weight_decay=1e-2, fused=True)
+
+    def step(self, optimizer, step, steps, instances, classes):
+        gradients, learned = [], self.backbone.learned()
+        for turn, generator in zip(self.turns, self.generators, strict=True):
+            own, others = (turn.batches(steps, 2, len(part.mean))[step] for part in (instances, classes))
+            rows = instances.rows(own), classes.rows(others)
+            loss = dreambooth_loss(self.backbone, self.training, *rows, generator)
+            gradients.append(torch.autograd.grad(loss, learned))
+        for parameter, *parts in zip(learned, *gradients, strict=True):
+            parameter.grad = torch.stack(parts).mean(dim=0)
+        optimizer.step()
+
+    def learn(self, instances, classes):
+        optimizer = self.optimizer()
+        with training_mode(self.backbone, self.training):
+            for step in range(self.training.steps):
+                self.step(optimizer, step, self.training.steps, instances, classes)
+
+    def attack(self, originals, cloaked):
+        embedding = self.backbone.embed([self.training.instance_prompt]).detach()
+        for _ in range(2):
+            parts = []
+            for generator in self.generators:
+                draw = Denoising().draw(self.backbone, cloaked, generator)
+                parts.append(pixel_gradient(Denoising(), self.backbone, cloaked, embedding, draw, 4)[0])
+            low, high = (originals - 8 * STEP).clamp(min=-1), (originals + 8 * STEP).clamp(max=1)
+            cloaked = (cloaked + 0.8 * STEP * torch.stack(parts).mean(dim=0).sign()).clamp(low, high)
+        return cloaked
+
+
+@pytest.fixture(scope="module")
+def base(small_model, tmp_path_factory):
+    """The model, three photos, and latents of the class images that every run samples."""
+    folder = tmp_path_factory.mktemp("strategies")
+    generator = torch.Generator().manual_seed(0)
+    (folder / "photos").mkdir()
+    for name in "abc":
+        save_image(torch.rand(3, 16, 16, generator=generator), folder / "photos" / f"{name}.png")
+    return small_model, folder
+
+
+@pytest.fixture(scope="module")
+def started(base):
+    """What two processes held at the end of each run, by name and rank."""
+    model, folder = base
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    command = [sys.executable, "-m", "tests.lightning_modules.ranks", folder, model, folder / "photos", ",".join(NAMES)]
+    with ExitStack() as stack:
+        logs = [stack.enter_context((folder / f"rank-{rank}.log").open("w+")) for rank in range(RANKS)]
+        processes = [
+            subprocess.Popen(
+                [str(word) for word in command],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            codes = [process.wait(timeout=600) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    assert codes == [0, 0], (folder / "rank-0.log").read_text()[-3000:]
+    return folder
+
+
+def held(folder, run, rank=0):
+    return load_file(folder / f"{run}-{rank}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def ingredients(base, started):
+    model, folder = base
+    backbone = load_backbone(str(model))
+    images = to_float(torch.stack([photo.pixels for photo in load_photos(folder / "photos", 16)]))
+    pictures = class_images(backbone, backbone.defaults.class_prompt, 3, 16)
+    return backbone, images, backbone.encode_all(to_float(pictures), 4)
+
+
+@pytest.fixture(scope="module")
+def aspl(ingredients):
+    """Perturbation and weights after ROUNDS rounds in one process."""
+    base, images, classes = ingredients
+    training = SURROGATE.completed(base.defaults)
+    theta, cloaked = deepcopy(base), images
+    Full().apply(theta, training, seed=0)
+    clean = base.encode_all(images, 4)
+    perturbation = torch.zeros_like(images)
+    for number in range(ROUNDS):
+        prime = Several(deepcopy(theta), training, number)
+        prime.learn(clean, classes)
+        cloaked = prime.attack(images, images + perturbation)
+        perturbation = cloaked - images
+        after = Several(theta, training, number)
+        after.generators = prime.generators
+        after.learn(theta.encode_all(cloaked, 4), classes)
+    return perturbation, theta
+
+
+@pytest.fixture(scope="module")
+def victim(ingredients):
+    """Weights of a victim after its steps in one process."""
+    base, images, classes = ingredients
+    training = VICTIM.completed(base.defaults, "full")
+    theta = deepcopy(base)
+    Full().apply(theta, training, seed=0)
+    theta.unet.train(), theta.text_encoder.train()
+    optimizer, instances = Several(theta, training, 0).optimizer(), base.encode_all(images, 4)
+    for step in range(training.steps):
+        Several(theta, training, step).step(optimizer, 0, 1, instances, classes)
+    return theta
+
+
+def apart(tensors, trained, untrained):
+    """How far weights are from the expected ones, as a share of how far training has moved those."""
+    wanted = {name: value.detach() for name, value in trained.named_parameters() if value.requires_grad}
+    assert {*wanted} <= {*tensors}
+    before = dict(untrained.named_parameters())
+    off, moved = (
+        torch.cat([(value - other[name]).detach().double().flatten() for name, value in wanted.items()]).norm()
+        for other in (tensors, before)
+    )
+    return float(off / moved)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_equal_one_process_that_draws_their_noise(started, ingredients, aspl, name):
+    perturbation, theta = aspl
+    first, second = (held(started, f"{name}_aspl", rank) for rank in range(RANKS))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert first["stray"] == 0
+    differ = (first["perturbation"] != perturbation).float().mean()
+    if name in ROUNDED:
+        assert differ < 0.005
+        assert apart(first, theta, ingredients[0]) < 0.01
+    else:
+        assert differ == 0
+        assert apart(first, theta, ingredients[0]) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_in_two_parts_equals_one_in_one_go(started, name):
+    for rank in range(RANKS):
+        parts, whole = (held(started, f"{name}_{run}", rank) for run in ("parts", "aspl"))
+        assert parts.keys() == whole.keys()
+        assert all(torch.equal(parts[key], value) for key, value in whole.items())
+
+
+def test_the_comparison_notices_weights_that_are_not_given_back(started, ingredients, aspl):
+    perturbation, theta = aspl
+    control = held(started, "ddp_control")
+    assert torch.equal(control["perturbation"], held(started, "ddp_control", 1)["perturbation"])  # a weak test
+    assert (control["perturbation"] != perturbation).float().mean() > 0.1
+    assert apart(control, theta, ingredients[0]) > 0.5
+
+
+def test_deepspeed_computes_in_bf16_as_ddp_does(started):
+    """Autocast over fp32 weights, not a network that was cast."""
+    zero, ddp, full = (held(started, name) for name in ("zero-2_bf16", "ddp_bf16", "ddp_aspl"))
+    assert all(torch.equal(value, zero[key]) for key, value in ddp.items())
+    assert not torch.equal(ddp["perturbation"], full["perturbation"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_victim_of_two_ranks_equals_one_process_that_draws_their_noise(started, ingredients, victim, name):
+    tensors = held(started, f"{name}_victim")
+    assert apart(tensors, victim, ingredients[0]) <= (1e-3 if name in ROUNDED else 0)
+    saved = dict(load_backbone(str(started / f"{name}_victim" / "model")).named_parameters())
+    assert all(torch.equal(value, saved[key]) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@every_expected_warning
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")  # the file names a ModelCheckpoint
+def test_what_two_ranks_wrote_one_goes_on_with(base, started, name, monkeypatch, tmp_path):
+    """The record and the perturbation fit; from there on it is a run of one rank."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", str(SEED))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(started / "cache"))
+    model, folder = base
+    module = ASPL(backbone=str(model), surrogate=SURROGATE, pgd_steps=2)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=ROUNDS + 1,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    checkpoint = started / f"{name}_aspl" / "checkpoints" / "last.ckpt"
+    trainer.fit(module, Protection(str(folder / "photos"), resolution=16), ckpt_path=str(checkpoint))
+    assert trainer.current_epoch == ROUNDS + 1
+    moved = (module.perturbation - held(started, f"{name}_aspl")["perturbation"]).abs()
+    assert 0 < moved.max() <= 2 * 0.8 * STEP + 1e-6  # one round of two steps from where they stopped

@@ -1,0 +1,74 @@
+"""Every file of configs/trainer, layered over the jobs that it is for."""
+
+import pytest
+import yaml
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from antidreambooth.errors import InputError
+from cli import main
+from lightning_modules import FSDP2, DeepSpeed
+from lightning_modules.running.strategies import check
+from tests.conftest import ROOT
+from tests.test_cli import _no_arguments_of_pytests, command, pytestmark  # noqa: F401
+
+LAYERS = sorted((ROOT / "configs" / "trainer").glob("*.yaml"))
+NAMES = {"ddp", "deepspeed-2", "deepspeed-3", "fsdp", "multi-node", "slurm", "low-memory", "h100"}
+
+
+def test_all_are_there():
+    assert {layer.stem for layer in LAYERS} == NAMES
+
+
+@pytest.mark.parametrize("job", ["aspl", "dreambooth"])
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda path: path.stem)
+def test_every_layer_parses_over_a_job(layer, job, capsys):
+    if job == "dreambooth" and "model:" in layer.read_text():
+        pytest.skip("says how ASPL attacks")
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", f"--config={ROOT / 'configs' / f'{job}.yaml'}", f"--config={layer}", "--print_config"])
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    wanted = yaml.safe_load(layer.read_text())["trainer"]
+    assert {key: printed["trainer"][key] for key in wanted if key != "strategy"} == {
+        key: value for key, value in wanted.items() if key != "strategy"
+    }
+    if "strategy" in wanted:
+        assert (
+            printed["trainer"]["strategy"]["class_path"].rpartition(".")[2]
+            == (wanted["strategy"]["class_path"].rpartition(".")[2])
+        )
+    assert printed["model"]["class_path"].endswith({"aspl": "ASPL", "dreambooth": "Victim"}[job])
+
+
+@pytest.mark.parametrize("made", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_a_strategy_that_nobody_tried_is_refused(made):
+    with pytest.raises(InputError, match="is not supported: use auto"):
+        check(made())
+
+
+def test_deepspeed_wants_gpus(tmp_path):
+    flags = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    trainer = Trainer(strategy=DeepSpeed(), default_root_dir=tmp_path, **flags)
+    with pytest.raises(InputError, match="DeepSpeed needs GPUs"):
+        trainer.strategy.setup_environment()
+
+
+def test_the_others_are_let_through(tmp_path):
+    for strategy in (DDPStrategy(), DeepSpeed(stage=3), FSDP2()):
+        check(strategy)
+    check(Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_checkpointing=False).strategy)
+
+
+def test_low_memory_learns_a_lora_and_goes_on(command, tmp_path):  # noqa: F811
+    """The layer's own model part, on a model small enough to run here."""
+    layer = ROOT / "configs" / "trainer" / "low-memory.yaml"
+    flags = [f"--config={layer}", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+    main(command(*flags, rounds=1, out="parts"))
+    main(command(*flags, "--ckpt_path=last", rounds=2, out="parts"))
+    main(command(*flags, rounds=2, out="whole"))
+    parts, whole = ((tmp_path / out / "cloaked" / "a.png").read_bytes() for out in ("parts", "whole"))
+    assert parts == whole
+    size = (tmp_path / "whole" / "checkpoints" / "last.ckpt").stat().st_size
+    main(command(rounds=1, out="full"))
+    assert size < (tmp_path / "full" / "checkpoints" / "last.ckpt").stat().st_size / 2
