@@ -78,7 +78,7 @@ class Backbone(nn.Module, ABC):
         """Images in [-1, 1] to the posterior of their latents."""
 
     @abstractmethod
-    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 h w"]:
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
         """Latents to images in [-1, 1]."""
 
     @abstractmethod

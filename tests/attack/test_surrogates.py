@@ -4,7 +4,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tests.test_rounds import setup
 
 from antidreambooth.attack.cost import counted
 from antidreambooth.attack.perturbation import PGD, STEP
@@ -14,6 +13,7 @@ from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.photos.decoding import to_float
+from tests.attack.test_rounds import setup
 from tests.conftest import random_images
 
 PROMPT = "a photo of sks person"

@@ -43,7 +43,7 @@ class StableDiffusion(Backbone):
         scale = self.vae.config.scaling_factor
         return Posterior(precise(posterior.mean) * scale, precise(posterior.std) * scale)
 
-    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 h w"]:
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
         """Latents to images in [-1, 1]."""
         pictures = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return cast(Tensor, pictures.float().clamp(-1, 1))
