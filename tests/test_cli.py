@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import antidreambooth
-from antidreambooth.attack.methods import METHODS
+from antidreambooth.attack.methods import METHODS, Settings
+from antidreambooth.attack.steps import Momentum, NormalizedL2
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
+from antidreambooth.finetuning.lora import LoRA
 from antidreambooth.photos.decoding import load_photos
 from antidreambooth.provenance import slug
 from cli import main, show
@@ -32,7 +35,8 @@ pytestmark = [
 ]
 OTHERS = {"dreambooth", "dreambooth-lora", "textual-inversion", "pretraining", "people"}  # have tests of their own
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in OTHERS]
-OWN = {"perturbation", "passes"}  # of a checkpoint
+OWN = {"perturbation", "memory", "passes"}  # of a checkpoint
+TRAINING = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))  # as `command` says by flags
 SURROGATE = (
     "configs/dreambooth.yaml --model.training.learning_rate 1e-3 --model.training.steps 2 "
     "--model.training.prior.images 4"
@@ -100,8 +104,8 @@ def test_every_config_parses(config, capsys):
     method, model = METHODS[config.stem], printed["model"]
     assert printed["trainer"]["max_epochs"] == method.rounds
     assert model["init_args"]["pgd_steps"] == method.pgd_steps
-    assert model["class_path"].endswith("ASPL" if method.alternating else "FSMG")
-    assert method.untouched == (model["init_args"]["surrogate"] is None)
+    assert model["class_path"].endswith("ASPL" if method.surrogate == "alternating" else "FSMG")
+    assert (method.surrogate == "untouched") == (model["init_args"]["surrogate"] is None)
     assert method.several == bool(model["init_args"]["ensemble"]["backbones"])
     objective = model["init_args"]["objective"] or {"class_path": "Denoising"}
     assert objective["class_path"].endswith(type(method.objective()).__name__)
@@ -125,7 +129,7 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
     scalars = {"surrogate/clean_loss", "surrogate/cloaked_loss", "pgd/objective", "perturbation/largest"}
     assert scalars <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("pgd/objective")] == list(range(1, 26))
-    learning = METHODS[config.stem].alternating
+    learning = METHODS[config.stem].surrogate == "alternating"
     assert (max(event.value for event in events.Scalars("surrogate/clean_loss")) > 0) == learning
     if learning:
         assert (out / "samples" / "round-025.png").is_file()
@@ -146,16 +150,84 @@ def test_a_notebook_gets_the_same_pixels(
     main(command(f"--trainer.precision={'bf16-mixed' if bf16 else '32-true'}", config=config, rounds=2))
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     method, backbones = METHODS[config.stem], [str(small_model), str(small_v_model)][: 1 + METHODS[config.stem].several]
-    if not (method.alternating or method.untouched):
+    if method.surrogate == "trained":
         backbones = [str(tmp_path / "out" / "surrogates" / slug(name) / "model") for name in backbones]
     shutil.copytree(tmp_path / "out" / "cloaked", tmp_path / "wanted")
-    # What the command was told by flags, the function reads where the model keeps its own values.
-    training = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))
-    monkeypatch.setattr("antidreambooth.api.DreamBooth", lambda: training)
+    settings = Settings(training=TRAINING)
     images = [Image.open(path) for path in sorted(photos.iterdir())]
-    cloaked = antidreambooth.cloak(images, backbones[0], config.stem, ensemble=backbones[1:], rounds=2, device="cpu")
+    given = {"ensemble": backbones[1:], "rounds": 2, "device": "cpu", "settings": settings}
+    cloaked = antidreambooth.cloak(images, backbones[0], config.stem, **given)
     for picture, path in zip(cloaked, sorted((tmp_path / "wanted").iterdir()), strict=True):
         assert np.array_equal(np.asarray(picture), pixels(path)), path.name
+
+
+LORA = ["--model.adaptation=LoRA", "--model.adaptation.rank=2"]
+L2 = ["--model.step_rule=NormalizedL2"]
+FALLING = ["--model.step_rule.schedule=linear", "--model.step_rule.random_start=true"]
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "settings"),
+    [
+        ("aspl", LORA, {"adaptation": LoRA(rank=2)}),
+        ("aspl", ["--model.micro_batch=1"], {"micro_batch": 1}),
+        (
+            "aspl",
+            ["--model.surrogate.gradient_checkpointing=true", "--model.surrogate.instance_prompt=a photo of t@t man"],
+            {"training": replace(TRAINING, gradient_checkpointing=True, instance_prompt="a photo of t@t man")},
+        ),
+        ("e-aspl", ["--model.ensemble.offload=true"], {"offload": True}),
+        ("advdm", ["--model.prompt=a photo of an old man"], {"prompt": "a photo of an old man"}),
+        ("advdm", [*L2, "--model.pgd_steps=3"], {"step_rule": NormalizedL2(), "pgd_steps": 3}),
+        (
+            "aspl",
+            ["--model.step_rule=Momentum", "--model.step_rule.decay=0.9", *FALLING],
+            {"step_rule": Momentum(0.9, schedule="linear", random_start=True)},
+        ),
+    ],
+    ids=["lora", "micro-batch", "checkpointing-prompt", "offload", "prompt", "l2", "momentum"],
+)
+def test_a_notebook_sets_what_the_command_line_sets(
+    command, config, flags, settings, small_model, small_v_model, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda: False)  # as the command's precision
+    main(command(*flags, config=ROOT / "configs" / f"{config}.yaml"))
+    backbones = [str(small_model), str(small_v_model)][: 1 + METHODS[config].several]
+    images = [Image.open(path) for path in sorted(photos.iterdir())]
+    given = {"rounds": 2, "device": "cpu", "settings": Settings(**{"training": TRAINING, **settings})}
+    cloaked = antidreambooth.cloak(images, backbones[0], config, ensemble=backbones[1:], **given)
+    plain = antidreambooth.cloak(
+        images, backbones[0], config, ensemble=backbones[1:], **{**given, "settings": Settings(training=TRAINING)}
+    )
+    written = [pixels(path) for path in sorted((tmp_path / "out" / "cloaked").iterdir())]
+    for picture, wanted in zip(cloaked, written, strict=True):
+        assert np.array_equal(np.asarray(picture), wanted)
+    if not {"micro_batch", "offload"} & {*settings}:  # these two change the memory alone
+        assert any(not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(plain, cloaked, strict=True))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--model.step_rule=Momentum", *FALLING], ["--model.step_rule=NormalizedL2"]], ids=["momentum", "l2"]
+)
+@pytest.mark.parametrize("config", ["aspl", "e-aspl", "advdm"])
+def test_what_a_step_rule_remembers_is_resumed_bit_for_bit(command, config, flags, tmp_path):
+    config = ROOT / "configs" / f"{config}.yaml"
+    main(command(*flags, config=config, rounds=3, out="whole"))
+    interrupt = "--trainer.callbacks+=tests.lightning_modules.told.Told"
+    told = [interrupt, f"--trainer.callbacks.number={int(signal.SIGTERM)}", "--trainer.callbacks.epoch=0"]
+    with pytest.raises(SystemExit):
+        main(command(*flags, *told, config=config, rounds=3, out="parts"))
+    main(command(*flags, "--ckpt_path=last", config=config, rounds=3, out="parts"))
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+    main(command(config=config, rounds=3, out="plain"))
+    assert files(tmp_path / "whole")["a.png"] != files(tmp_path / "plain")["a.png"]
+
+
+def test_a_falling_step_size_knows_the_runs_end(command, tmp_path):
+    """More rounds would have made other steps from the first one on."""
+    main(command("--model.step_rule=Sign", "--model.step_rule.schedule=linear", rounds=2))
+    with pytest.raises(SystemExit, match="rounds: 2 then, 3 now"):
+        main(command("--model.step_rule=Sign", "--model.step_rule.schedule=linear", "--ckpt_path=last", rounds=3))
 
 
 def test_photos_so_far(command, tmp_path):
