@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim import AdamW, Optimizer
@@ -78,7 +78,7 @@ class ASPL(Cloaking):
     def surrogate(self, backbone: Backbone, photos: Photos) -> Alternating:
         """DreamBooth on a base model, a few steps at a time."""
         number, micro_batch = self.backbones.index(backbone), self.attack.micro_batch
-        weights = weights_of(self.trainer.strategy, backbone, self.optimizers(), self.manual_backward)
+        weights = weights_of(self.trainer.strategy, backbone, cast(Optimizer, self.optimizers()), self.manual_backward)
         clean = backbone.encode_all(photos.clean, micro_batch)
         return Alternating(backbone, self.trainings[number], weights, clean, self.classes[number], micro_batch)
 

@@ -95,10 +95,10 @@ class Cloaking(BackboneModule):
     def build(self) -> None:
         """Loads all base models; the perturbation starts at nothing."""
         super().build()
-        photos = len(self.trainer.datamodule.photos)
+        photos = len(self.trainer.datamodule.photos)  # type: ignore[attr-defined]
         self.perturbation = torch.zeros(photos, 3, self.resolution, self.resolution, device=self.place)
         self.others = nn.ModuleList(self.load(name) for name in self.sources[1:])
-        self.fingerprints = [other.fingerprint() for other in self.others]  # before they learn anything
+        self.fingerprints = [other.fingerprint() for other in self.backbones[1:]]  # before they learn anything
 
     def surrogate(self, backbone: Backbone, photos: Photos) -> Surrogate:
         """What the method makes of a base model."""
