@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from antidreambooth.attack.cost import counted
 from antidreambooth.attack.methods import Assembly, Method, Settings
@@ -124,10 +125,10 @@ class Cloaking(BackboneModule):
     def build(self) -> None:
         """Loads all base models and makes surrogates of them; the perturbation starts at nothing."""
         super().build()
-        photos = len(self.trainer.datamodule.photos)
+        photos = len(self.trainer.datamodule.photos)  # type: ignore[attr-defined]
         self.perturbation = torch.zeros(photos, 3, self.resolution, self.resolution, device=self.place)
         self.others = nn.ModuleList(self.load(name) for name in self.sources[1:])
-        self.fingerprints = [other.fingerprint() for other in self.others]  # before they learn anything
+        self.fingerprints = [other.fingerprint() for other in self.backbones[1:]]  # before they learn anything
         self.memory = self._remembered([self.attack.rule.begin(self.perturbation) for _ in self.backbones])
         self.assembly.adopt(self.backbones, self.class_latents, self.seed, self.prompts())
 
@@ -141,7 +142,7 @@ class Cloaking(BackboneModule):
 
     def lend(self, backbone: Backbone, training: DreamBooth) -> Weights:
         """The weights of a base model that learn, as the strategy lends them."""
-        return weights_of(self.trainer.strategy, backbone, self.optimizers(), self.manual_backward)
+        return weights_of(self.trainer.strategy, backbone, cast(Optimizer, self.optimizers()), self.manual_backward)
 
     def training_step(self, batch: Photos, batch_idx: int) -> None:
         """One round."""

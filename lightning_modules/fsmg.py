@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -80,7 +81,7 @@ class FSMG(Cloaking):
         """One round, and one more on the clock."""
         super().training_step(batch, batch_idx)
         self.clock.grad = -torch.ones_like(self.clock)
-        self.optimizers().step()
+        cast(LightningOptimizer, self.optimizers()).step()
         self.clock.grad = None
 
     def prompts(self) -> list[str] | None:

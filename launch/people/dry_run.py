@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 
@@ -69,7 +69,7 @@ class Run:
         """The method with this run's numbers."""
         surrogate, rounds = self.model.get("surrogate"), self.config["trainer"]["max_epochs"] or 0
         kind = "alternating" if isinstance(surrogate, dict) else "untouched" if surrogate is None else "trained"
-        return Method(kind, rounds, self.model["pgd_steps"])
+        return Method(cast(Any, kind), rounds, self.model["pgd_steps"])
 
     @property
     def defaults(self) -> Defaults:

@@ -112,7 +112,12 @@ def test_step_size_defaults_to_a_tenth_of_the_budget(backbone):
 
 def test_the_gradient_is_averaged_over_processes(backbone):
     seen = []
-    attack = PGD(steps=1, reduce=lambda g: seen.append(g) or -g)
+
+    def turned(gradient):
+        seen.append(gradient)
+        return -gradient
+
+    attack = PGD(steps=1, reduce=turned)
     originals = to_float(random_images(1)) * 0.5
     down, up = (
         one(Fixed(backbone, PROMPT), originals, originals, Turn(0), torch.Generator().manual_seed(0)).images

@@ -65,7 +65,8 @@ def test_an_ensemble_climbs_apart_and_learns_from_the_mean(models):
 def test_models_that_rest_elsewhere_give_the_same_and_are_present_one_at_a_time(models, monkeypatch):
     originals = to_float(random_images(2))
     together = [setup(deepcopy(model))[0] for model in models]
-    device, present, most = torch.device("cpu", 0), set(), 0
+    present: set[int] = set()
+    device, most = torch.device("cpu", 0), 0
     move = Backbone.to
 
     def recorded(self, where, *args, **kwargs):
