@@ -9,6 +9,7 @@ from lightning import Trainer
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from antidreambooth.files import writing
 from antidreambooth.photos.delivery import write_png
 
 
@@ -17,6 +18,7 @@ def show(trainer: Trainer, name: str, pictures: Tensor, columns: int, step: int,
     grid = make_grid(pictures, nrow=columns, padding=2, pad_value=255).to(torch.uint8)
     for logger in trainer.loggers:
         if hasattr(logger.experiment, "add_image"):
-            logger.experiment.add_image(name, grid, step)
+            with writing(Path(logger.log_dir or trainer.default_root_dir)):
+                logger.experiment.add_image(name, grid, step)
     if path is not None:
         write_png(path, grid)

@@ -82,6 +82,16 @@ class ASPL(Cloaking):
         clean = backbone.encode_all(photos.clean, micro_batch)
         return Alternating(backbone, self.trainings[number], weights, clean, self.classes[number], micro_batch)
 
+    def memory_savers(self) -> list[str]:
+        """Also checkpointing, and a LoRA as the surrogate."""
+        whole = isinstance(self.hparams.adaptation or Full(), Full)
+        checkpointing = self.hparams.surrogate.gradient_checkpointing
+        return [
+            *super().memory_savers(),
+            *([] if checkpointing else ["--model.surrogate.gradient_checkpointing true"]),
+            *(["-c configs/trainer/low-memory.yaml (a LoRA as the surrogate, too)"] if whole else []),
+        ]
+
     def effective(self) -> dict[str, Any]:
         """Also how the surrogates train."""
         how = {"surrogate": self.trainings[0], "ensemble_surrogates": self.trainings[1:], "adaptation": self.adaptation}

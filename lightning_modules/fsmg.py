@@ -87,6 +87,11 @@ class FSMG(Cloaking):
         """A model as it is."""
         return Fixed(backbone, self.prompts[self.backbones.index(backbone)])
 
+    def memory_savers(self) -> list[str]:
+        """Also checkpointing."""
+        checkpointing = self.hparams.gradient_checkpointing
+        return [*super().memory_savers(), *([] if checkpointing else ["--model.gradient_checkpointing true"])]
+
     def effective(self) -> dict[str, Any]:
         """Also the prompts."""
         return {**super().effective(), "prompts": self.prompts}
