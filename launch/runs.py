@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def cloak_photos(
     try:
         fit(command(how, {**given, "trainer.default_root_dir": root, **({"ckpt_path": "last"} if going_on else {})}))
     except BaseException:
-        write_json(begun, {"settings": settings, "seconds": time.monotonic() - started})
+        with suppress(InputError):  # on a full disk, say: what stopped the run is what counts
+            write_json(begun, {"settings": settings, "seconds": time.monotonic() - started})
         raise
     made = {"seconds": time.monotonic() - started, "passes": passes_of(root)}
     if not keep_models:

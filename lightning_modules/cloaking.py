@@ -167,6 +167,15 @@ class Cloaking(BackboneModule):
         self.rounds = self.current_epoch + 1
         self._log(outcome)
 
+    def memory_savers(self) -> list[str]:
+        """Photos one at a time; base models one at a time."""
+        chosen, alone = self.hparams, self.trainer.world_size == 1
+        several = bool(chosen.ensemble.backbones)
+        return [
+            *(["--model.micro_batch 1"] if chosen.micro_batch > 1 else []),
+            *(["--model.ensemble.offload true"] if several and alone and not chosen.ensemble.offload else []),
+        ]
+
     def on_train_epoch_end(self) -> None:
         """The round is whole."""
         self.preemption.leave_if_asked(self.trainer)
