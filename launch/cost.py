@@ -203,7 +203,7 @@ def callback(settings: Namespace, name: str) -> dict[str, Any]:
 
 
 def learns_whole(model: Namespace) -> bool:
-    """Whether whole networks are trained, and not something small such as a LoRA."""
+    """Whether whole networks are trained; what else there is, such as a LoRA, is too small to be counted here."""
     adaptation = model.get("adaptation")
     return adaptation is None or adaptation.class_path.rpartition(".")[2] == "Full"
 

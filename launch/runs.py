@@ -63,7 +63,7 @@ def cloak_photos(
 
 def command(how: str, given: dict[str, Any]) -> list[str]:
     """The command line of a fit: the config file, then the given flags, then the config file's own flags."""
-    config, *flags = shlex.split(how)
+    config, *flags = shlex.split(how) or [""]
     return ["fit", f"--config={located(config)}", *(f"--{name}={value}" for name, value in given.items()), *flags]
 
 

@@ -23,7 +23,7 @@ from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
 from antidreambooth.photos.decoding import load_photos
 from antidreambooth.provenance import slug
-from cli import main, show
+from cli import main, parsed, show
 from tests.conftest import ROOT
 
 pytestmark = [
@@ -156,6 +156,23 @@ def test_a_notebook_gets_the_same_pixels(
     cloaked = antidreambooth.cloak(images, backbones[0], config.stem, ensemble=backbones[1:], rounds=2, device="cpu")
     for picture, path in zip(cloaked, sorted((tmp_path / "wanted").iterdir()), strict=True):
         assert np.array_equal(np.asarray(picture), pixels(path)), path.name
+
+
+def test_parsing_gives_all_settings_and_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs" / "aspl.yaml"
+    settings = parsed(["fit", f"--config={config}", "--model.budget=4", "--seed_everything=3", "--ckpt_path=last"])
+    model = settings.model.init_args
+    assert (model.budget, model.pgd_steps, model.surrogate.prior.images) == (4.0, 6, 200)
+    assert (settings.trainer.max_epochs, settings.seed_everything, settings.ckpt_path) == (50, 3, "last")
+    assert [entry.class_path for entry in settings.trainer.callbacks][1] == "callbacks.CloakedPhotos"
+    assert "PL_GLOBAL_SEED" not in os.environ
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(SystemExit) as stopped:
+        parsed(["fit", f"--config={config}", "--model.buget=4"])
+    assert stopped.value.code == 2
+    assert "buget" in capsys.readouterr().err
 
 
 def test_photos_so_far(command, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -187,8 +188,12 @@ def require_config(name: str, how: str) -> None:
     """Looks for the config file of a protection or a victim.
 
     Raises:
-        InputError: it is not there.
+        InputError: it is not there, or its flags cannot be told apart.
     """
+    try:
+        shlex.split(how)
+    except ValueError as error:
+        raise InputError(f"{name}: {how!r} is no command line: {error}") from error
     if not Path(located(first_word(how))).is_file():
         raise InputError(f"{name}: there is no config file {first_word(how)!r}, see configs/")
 
