@@ -105,6 +105,19 @@ class CommandLine(LightningCLI):
         """Does nothing: a checkpoint's settings are compared with the given ones, they never replace them."""
 
 
+class Parsed(Exception):  # noqa: N818 (nothing is wrong)
+    """Ends a command line as soon as it is parsed; carries the settings."""
+
+
+class OnlyParsed(CommandLine):
+    """A command line that is parsed and not run."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Ends here: LightningCLI's constructor would go on and run it."""
+        LightningCLI.parse_arguments(self, parser, args)
+        raise Parsed(self.config)
+
+
 def checkpoint_folder(root: str | None) -> str:
     """Where the checkpoint of a run is kept."""
     return str(Path(root or ".") / "checkpoints")
@@ -127,7 +140,7 @@ def main(args: ArgsType = None) -> None:
     words = sys.argv[1:] if args is None else args
     try:
         if isinstance(words, list) and words and words[0] in COMMANDS:
-            COMMANDS[words[0]](words[1:], main)
+            COMMANDS[words[0]](words[1:], main, parsed)
         else:
             one_run(args)
     except Exception as error:
@@ -140,14 +153,28 @@ def main(args: ArgsType = None) -> None:
         sys.exit(f"error: {message}")
 
 
-def one_run(args: ArgsType) -> None:
+def parsed(words: list[str]) -> Namespace:
+    """All settings of the run that a command line of Lightning's commands asks for; nothing is built or run.
+
+    Raises:
+        SystemExit: it is wrong; the parser has printed why.
+    """
+    try:
+        one_run(words, OnlyParsed)
+    except Parsed as ended:
+        (config,) = ended.args
+    settings: Namespace = config[config.subcommand]
+    return settings
+
+
+def one_run(args: ArgsType, command_line: type[CommandLine] = CommandLine) -> None:
     """Lightning's own commands: fit, test and so on."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     options: dict[str, Any] = {"subclass_mode_model": True, "subclass_mode_data": True, "seed_everything_default": 0}
     with warnings.catch_warnings():
         for message in EXPECTED:
             warnings.filterwarnings("ignore", message)
-        CommandLine(
+        command_line(
             LightningModule,
             LightningDataModule,
             auto_configure_optimizers=False,

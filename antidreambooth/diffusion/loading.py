@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
@@ -121,6 +122,32 @@ def download_command(name: str, revision: str | None = None, variant: str | None
         *(["--revision", revision] if revision else []),
     ]
     return f"hf download {name} {shlex.join(words)} --local-dir FOLDER"
+
+
+def bytes_of_networks(name: str, revision: str | None = None) -> dict[str, int]:
+    """The size of each network's fp32 weights in bytes, by its part (``unet``, ``vae`` ...).
+
+    Builds the networks without values (on torch's meta device); of the model, reads their small JSON files only.
+
+    Args:
+        name: ``embedded``, a folder in diffusers layout, or a hub id.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        InputError: a component is missing, or the hub cannot be reached.
+    """
+    source = locate(name)
+    where: dict[str, Any] = {"revision": revision, "local_files_only": isinstance(source, Path)}
+
+    def size(kind: Any, part: str) -> int:
+        with _named_errors(name, part), quiet(), torch.device("meta"):
+            if issubclass(kind, ModelMixin):
+                network = kind.from_config(kind.load_config(source, subfolder=part, **where))
+            else:
+                network = kind(kind.config_class.from_pretrained(source, subfolder=part, **where))
+        return int(sum(weights.numel() for weights in network.parameters())) * torch.float32.itemsize
+
+    return {part: size(kind, part) for part, kind in NETWORKS.items()}
 
 
 @contextmanager
