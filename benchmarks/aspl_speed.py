@@ -30,17 +30,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
+from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.perturbation import PGD, STEP
 from antidreambooth.attack.rounds import Outcome, alternate
-from antidreambooth.attack.surrogates import Alternating
-from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.finetuning.dreambooth import DreamBooth
-from antidreambooth.finetuning.full import Full
-from antidreambooth.finetuning.weights import Weights
 from antidreambooth.photos.decoding import load_photos, to_float
 from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, build
 
@@ -99,19 +97,20 @@ class Plain:
     ) -> tuple[nn.ModuleList, Tensor]:
         """DreamBooth steps on the images; returns the trained models and the mean loss."""
         models, settings, losses = deepcopy(models), self.task.training, []  # left out: a deep copy for every phase
-        optimizer = AdamW(models.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        batches = turn.batches(settings.steps, settings.batch_size, len(images))
+        rate, steps, prior = given(settings.learning_rate, 0.0), given(settings.steps, 0), settings.prior
+        optimizer = AdamW(models.parameters(), lr=rate, weight_decay=settings.weight_decay)
+        batches = turn.batches(steps, given(settings.batch_size, 1), len(images))
         others = self.task.classes
         for step, batch in enumerate(batches):
             pixels, prompts = images[batch], [settings.instance_prompt] * len(batch)
             if others is not None:
-                pixels = torch.cat([pixels, others[turn.batches(settings.steps, len(batch), len(others))[step]]])
-                prompts += [settings.prior.class_prompt] * len(batch)
+                pixels = torch.cat([pixels, others[turn.batches(steps, len(batch), len(others))[step]]])
+                prompts += [given(prior.class_prompt, "")] * len(batch)
             # left out: the VAE in every step; ours encodes clean and class images once a run, cloaked ones once a round
             each = self.loss(models, pixels, prompts, generator)
             loss = each[: len(batch)].mean()
             if others is not None:
-                loss = loss + settings.prior.weight * each[len(batch) :].mean()
+                loss = loss + given(prior.weight, 0.0) * each[len(batch) :].mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -127,6 +126,7 @@ class Plain:
             images = images.detach().requires_grad_()
             loss = self.loss(models, images, prompts, generator).mean()  # left out: the text encoder, same prompt
             loss.backward()  # left out: the gradients of all weights, which nobody looks at
+            assert images.grad is not None
             models.zero_grad()
             images = images.detach() + attack.budget / 10 * STEP * images.grad.sign()
             images = images.clamp(originals - radius, originals + radius).clamp(-1, 1)
@@ -164,14 +164,15 @@ class Ours:
         if best and args.compile:
             backbone.unet.compile()
             backbone.vae.encoder.compile()
-        Full().apply(backbone, settings, seed=0)
-        parameters = backbone.learned()
-        optimizer = AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        assembly = Assembly(METHODS["aspl"], Settings(training=settings, micro_batch=args.micro_batch))
         with self.autocast():  # once a run
-            clean = backbone.encode_all(task.photos, args.micro_batch)
-            classes = None if task.classes is None else backbone.encode_all(task.classes, args.micro_batch)
-        weights = Weights(parameters, optimizer)
-        self.surrogate = Alternating(backbone, settings, weights, clean, classes, args.micro_batch)
+            assembly.adopt([backbone], lambda *_: self.classes(), seed=0)
+            self.surrogates = assembly.surrogates(task.photos, task.photos, plain_weights)
+
+    def classes(self) -> Posterior:
+        """Latents of the class images."""
+        assert self.task.classes is not None
+        return self.task.backbone.encode_all(self.task.classes, self.task.attack.micro_batch)
 
     def autocast(self) -> torch.autocast:
         """Low precision with fp32 weights, as the trainer's bf16-mixed does it."""
@@ -180,7 +181,7 @@ class Ours:
     def round(self, cloaked: Tensor, turn: Turn) -> Outcome:
         """One alternation."""
         with self.autocast():
-            return alternate([self.surrogate], self.task.photos, cloaked, self.task.attack, turn)
+            return alternate(self.surrogates, self.task.photos, cloaked, self.task.attack, turn)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for number in range(1 + args.rounds):
         start = time.perf_counter()
         outcome = side.round(cloaked, Turn(number))
-        cloaked, losses = outcome.cloaked, [value.item() for value in outcome[1:]]  # item() waits for the device
+        cloaked, losses = outcome.cloaked, [value.item() for value in outcome.losses]  # item() waits for the device
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if cuda else peak_resident()
     return {"seconds": median(seconds[1:]), "first": seconds[0], "peak": peak, "above": peak - loaded, "losses": losses}
@@ -271,7 +272,7 @@ def count(model: Backbone) -> list[Cost]:
 def schedule(task: Task) -> dict[str, dict[str, list[Cost]]]:
     """How many images (prompts, for the text encoder) a round sends through ``PARTS``, each way, by side and phase."""
     photos, kinds = len(task.photos), 1 if task.classes is None else 2
-    steps, attacked = task.training.steps * kinds, task.attack.steps * photos
+    steps, attacked = given(task.training.steps, 0) * kinds, task.attack.steps * photos
     learned = steps * given(task.training.batch_size, 1)
     plain = [Cost(learned, 0, 0), Cost(learned, 0, learned), Cost(learned, 0, learned)]
     ours = [Cost(0, 0, 0), Cost(learned, 0, learned), Cost(steps, 0, steps)]

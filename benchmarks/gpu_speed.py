@@ -68,7 +68,7 @@ def try_out(variant: Variant, name: str, args: argparse.Namespace) -> Result:
     found = waits(lambda: side.round(outcome.cloaked, Turn(last)), args.device)
     if args.profile:
         profile_round(lambda: side.round(outcome.cloaked, Turn(last)), name, args)
-    return Result(seconds, peak, [loss.item() for loss in outcome[1:]], dict(found.most_common()))
+    return Result(seconds, peak, [loss.item() for loss in outcome.losses], dict(found.most_common()))
 
 
 def timed(side: Plain | Ours, cloaked: Tensor, args: argparse.Namespace) -> tuple[list[float], Outcome]:

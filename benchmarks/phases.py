@@ -109,7 +109,8 @@ class Round:
         """A PGD step against the borrowed weights."""
         surrogate, photos = self.surrogate(False), self.photos
         with surrogate.borrowed():
-            PGD(steps=1, micro_batch=micro_batch)(surrogate, photos, photos, torch.Generator(self.device))
+            attack, turn = PGD(steps=1, micro_batch=micro_batch), Turn(0)
+            attack(surrogate, photos, photos, turn, torch.Generator(self.device))
 
     @torch.no_grad()
     def sample(self, count: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -102,7 +102,7 @@ class Zero:
         return -(-total // self.ranks)
 
 
-def let_go(parameters: list[Tensor]) -> None:
+def let_go(parameters: Iterable[Tensor]) -> None:
     """Drops each gradient as soon as it is there, as it leaves for its rank under ZeRO."""
 
     def drop(parameter: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ REFERENCES = ("plain", "plain-bf16")
 class PlainBF16(Plain):
     """The published loop under autocast; published is a cast of the weights, which costs the same."""
 
-    def loss(self, *args: object) -> Tensor:
+    def loss(self, *args: Any) -> Tensor:
         """A context for every forward pass: no cast outlives it."""
         with torch.autocast(self.task.photos.device.type, torch.bfloat16):
             loss: Tensor = super().loss(*args)
@@ -77,7 +78,7 @@ def make_task(args: argparse.Namespace, device: str) -> Task:
 def make_side(variant: Variant, task: Task) -> Plain | Ours:
     """The loop, not compiled yet."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if variant.tf32 else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if variant.tf32 else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if variant.tf32 else "ieee"  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = variant.autotune
     if variant.plain:
         return PlainBF16(task) if variant.bf16 else Plain(task)

@@ -24,6 +24,8 @@ from callbacks.show import show
 class CloakedPhotos(Callback):
     """Writes ``cloaked/*.png``, ``manifest.json`` and ``comparison.png``, and on the way ``progress/round-NNN/``.
 
+    The module has ``perturbation``, ``attack``, ``rounds``, ``passes`` and ``record()``.
+
     Args:
         every_n_epochs: rounds (epochs) between two looks at the photos so far; 0 switches them off.
     """
@@ -63,12 +65,12 @@ class CloakedPhotos(Callback):
         """The result."""
         self._write(trainer, pl_module, complete=True)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """What there is, when the run is told to stop."""
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and pl_module.perturbation.numel():
             self._write(trainer, pl_module, complete=False)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, complete: bool) -> None:
+    def _write(self, trainer: Trainer, pl_module: Any, complete: bool) -> None:
         if not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
@@ -98,7 +100,7 @@ class CloakedPhotos(Callback):
         write_json(root / "manifest.json", manifest)
 
     @staticmethod
-    def _cloaked(trainer: Trainer, pl_module: LightningModule) -> tuple[list[Photo], Tensor]:
+    def _cloaked(trainer: Trainer, pl_module: Any) -> tuple[list[Photo], Tensor]:
         photos: list[Photo] = trainer.datamodule.photos  # type: ignore[attr-defined]
         originals = torch.stack([photo.pixels for photo in photos])
         images = to_float(originals) + pl_module.perturbation.cpu()

@@ -26,8 +26,8 @@ class Likeness(Callback):
         if trainer.is_global_zero:
             require_writable(Path(trainer.default_root_dir))
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The results, of all ranks."""
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The results of all ranks; the module has ``rows``, ``pictures`` and ``generation``."""
         found = self._of_all_ranks(trainer, list(zip(pl_module.rows, pl_module.pictures, strict=True)))
         if not trainer.is_global_zero:
             return

@@ -52,7 +52,7 @@ class SampleGrid(Callback):
         if self.every_n_steps and (batch_idx + 1) % self.every_n_steps == 0:
             self._grid(trainer, pl_module, "step", batch_idx + 1)
 
-    def _grid(self, trainer: Trainer, pl_module: LightningModule, unit: str, number: int) -> None:
+    def _grid(self, trainer: Trainer, pl_module: Any, unit: str, number: int) -> None:
         if not trainer.is_global_zero and not pl_module.together:
             return
         backbone = pl_module.backbone.to(pl_module.device)  # an ensemble may have put it aside

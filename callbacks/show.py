@@ -16,7 +16,8 @@ def show(trainer: Trainer, name: str, pictures: Tensor, columns: int, step: int,
     """Writes a grid of 8-bit pictures (n 3 h w) to every TensorBoard log and, where a path is given, as PNG."""
     grid = make_grid(pictures, nrow=columns, padding=2, pad_value=255).to(torch.uint8)
     for logger in trainer.loggers:
-        if hasattr(logger.experiment, "add_image"):
-            logger.experiment.add_image(name, grid, step)
+        writer = getattr(logger, "experiment", None)
+        if writer is not None and hasattr(writer, "add_image"):
+            writer.add_image(name, grid, step)
     if path is not None:
         write_png(path, grid)

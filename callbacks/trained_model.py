@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -26,8 +27,8 @@ class TrainedModel(Callback):
             whole = sum(p.numel() * p.element_size() for p in pl_module.parameters())
             require_room(Path(trainer.default_root_dir), 6 * trained + whole)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The result."""
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The result of a module that has ``adaptation``, ``trained()`` and ``record()``."""
         backbone = pl_module.trained()
         if not trainer.is_global_zero:
             return

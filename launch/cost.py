@@ -29,8 +29,9 @@ class Measured(NamedTuple):
 def cloak_passes(method: Method, defaults: Defaults, photos: int, models: int) -> float:
     """Images through the U-Net for one person's cloak."""
     attack = method.rounds * method.pgd_steps * photos * ENCODER
-    recipe = defaults.surrogate if method.alternating else defaults.full
-    steps = 0 if method.untouched else recipe.steps * (2 * method.rounds if method.alternating else 1)
+    learns = method.surrogate == "alternating"
+    recipe = defaults.surrogate if learns else defaults.full
+    steps = 0 if method.surrogate == "untouched" else recipe.steps * (2 * method.rounds if learns else 1)
     return models * (attack + steps * recipe.batch_size * (2 if defaults.prior_weight else 1))
 
 

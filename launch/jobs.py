@@ -84,8 +84,8 @@ def run_jobs(
             raise InputError("stopped: run the same command again to go on, what is finished is kept") from error
         raise
     for job in jobs:
-        if (error := job.exception()) is not None:
-            reasons = re.findall(r"^RuntimeError: (.+)$", str(error), re.MULTILINE)
+        if (failure := job.exception()) is not None:
+            reasons = re.findall(r"^RuntimeError: (.+)$", str(failure), re.MULTILINE)
             reason = reasons[-1] if reasons else "it was killed"
             raise InputError(f"a job ended early ({reason}): see {job.paths.stderr}, and run the same command again")
 

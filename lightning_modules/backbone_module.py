@@ -39,6 +39,7 @@ class BackboneModule(LightningModule):
     """
 
     backbone: Backbone
+    hparams: Any  # the constructor's arguments by name; Lightning declares a mapping without attributes
     buffers_kept: tuple[str, ...] = ()  # in checkpoints, beside what is trained
 
     def __init__(self, *, backbone: str, revision: str | None, variant: str | None, resolution: int | None) -> None:

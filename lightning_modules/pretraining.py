@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class Pretraining(BackboneModule):
         self.averaged.requires_grad_(False)
         self.buffers_kept = tuple(f"averaged.{name}" for name in self.averaged.state_dict())
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a cosine."""
         chosen = self.hparams
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -113,7 +114,7 @@ class Pretraining(BackboneModule):
         super().on_train_start()
         self.backbone.unet.train()
         self.backbone.text_encoder.train()
-        self.latents = self._encoded(self.trainer.datamodule.pictures)
+        self.latents = self._encoded(self.trainer.datamodule.pictures)  # type: ignore[attr-defined]
 
     def on_train_batch_end(self, *args: Any) -> None:
         """The step is whole."""
@@ -121,6 +122,7 @@ class Pretraining(BackboneModule):
 
     def training_step(self, batch: Pictures, batch_idx: int) -> Tensor:
         """The weighted loss of some pictures; which, under what caption, follows from seed, rank and step."""
+        assert self.latents is not None
         generator, chosen = self.turn_of(batch_idx).generator(self.device), self.hparams
         size = (chosen.batch_size,)
         rows = torch.randint(len(batch), size, generator=generator, device=self.device).cpu()
@@ -149,7 +151,7 @@ class Pretraining(BackboneModule):
 
     def on_train_end(self) -> None:
         """The averaged weights are the result."""
-        unet, text_encoder = self.averaged.module
+        unet, text_encoder = cast(nn.ModuleList, self.averaged.module)
         self.backbone.unet.load_state_dict(unet.state_dict())
         self.backbone.text_encoder.load_state_dict(text_encoder.state_dict())
         self.backbone.eval()

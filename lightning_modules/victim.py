@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
@@ -111,7 +112,7 @@ class Victim(BackboneModule):
         self.classes = self.class_posterior(self.backbone, training.prior, MICRO_BATCH)
         self.adaptation.apply(self.backbone, training, self.seed)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over what is trained, and a learning rate that follows the schedule step by step."""
         chosen, settings = self.optimization, self.training_settings
         optimizer = self._optimizer(self.backbone.learned())
@@ -133,6 +134,7 @@ class Victim(BackboneModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The DreamBooth loss of one batch of photos; ``batch`` holds all of them, in 8 bits."""
         settings, turn = self.training_settings, self.turn_of(batch_idx)
+        assert settings.batch_size is not None  # completed in the constructor
         generator = turn.generator(self.device)
         (chosen,) = turn.batches(1, settings.batch_size, len(batch))
         classes = None
@@ -206,6 +208,7 @@ class Victim(BackboneModule):
 
     def _optimizer(self, parameters: list[torch.nn.Parameter]) -> Optimizer:
         settings = self.training_settings
+        assert settings.learning_rate is not None  # completed in the constructor
         if not self.optimization.eight_bit:
             fused = not self.trainer.gradient_clip_val  # Lightning refuses to clip before a fused step
             return AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)

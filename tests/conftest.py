@@ -1,7 +1,14 @@
 """A random Stable Diffusion, so small that a round takes milliseconds, and a few synthetic photos."""
 
+import errno
+import os
 import signal
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported; processes that tests start inherit it
 
 import numpy as np
 import pytest
@@ -15,12 +22,61 @@ from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.loading import EMBEDDED, load_backbone
 
 ROOT = Path(__file__).parent.parent
+SURROGATE = (  # a victim of a few steps, which FSMG attacks
+    "configs/dreambooth.yaml --model.training.learning_rate 1e-3 --model.training.steps 2 "
+    "--model.training.prior.images 4"
+)
+
+
+def beyond(host: Any) -> bool:
+    """Whether an address or a name is of another machine than this one."""
+    return host not in (None, "", "localhost", "::", "::1", "0.0.0.0") and not str(host).startswith("127.")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def network() -> Iterator[list[Any]]:
+    """A dead network: whoever connects to another machine or looks up its name fails; gives what was tried."""
+    tried: list[Any] = []
+
+    def guarded(real: Callable[..., Any], host_of: Callable[..., Any], error: type[OSError]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            host = host_of(*args)
+            if beyond(host):
+                tried.append(host)
+                raise error(errno.ENETUNREACH, "the tests have no network")
+            return real(*args, **kwargs)
+
+        return call
+
+    def host_of_socket(own: socket.socket, address: Any, *flags: int) -> Any:
+        return address[0] if own.family in (socket.AF_INET, socket.AF_INET6) else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name), host_of_socket, OSError))
+        patch.setattr(socket, "getaddrinfo", guarded(socket.getaddrinfo, lambda host, *_: host, socket.gaierror))
+        yield tried
 
 
 @pytest.fixture(autouse=True)
-def _own_cache_and_offline(monkeypatch, tmp_path_factory):
-    """No test reads or fills the user's cache, and none asks the hub."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+def _nobody_was_asked(network):
+    """No test asks the hub, nor sends anybody word of itself, not even where it lives on without an answer."""
+    network.clear()
+    yield
+    assert network == []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """No test reads or fills the user's cache; of a session, so that fixtures of modules do not either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_of_another_run(monkeypatch):
+    """``seed_everything`` leaves it in the environment."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
@@ -123,6 +179,51 @@ def photos(tmp_path) -> Path:
     for name in ("a.png", "b.jpg", "c.webp"):
         Image.fromarray(rng.integers(0, 256, (24, 20, 3), np.uint8)).save(folder / name)
     return folder
+
+
+@pytest.fixture
+def command(small_model, small_v_model, photos, tmp_path):
+    """Builds the arguments of a cloaking run of a few small rounds; more can be added."""
+
+    def build(*more: str, config: str | Path = "aspl", rounds: int = 2, out: str = "out") -> list[str]:
+        path = ROOT / "configs" / f"{config}.yaml" if isinstance(config, str) else config
+        fixed = {"advdm": [], "fsmg": [f"--model.surrogate={SURROGATE}"]}
+        learning = ["--model.surrogate.learning_rate=1e-3", "--model.surrogate.prior.images=4"]
+        several = [f"--model.ensemble.backbones=[{small_v_model}]"] if path.stem.startswith("e-") else []
+        return [
+            "fit",
+            f"--config={path}",
+            f"--data.photos={photos}",
+            f"--model.backbone={small_model}",
+            *fixed.get(path.stem.removeprefix("t-").removeprefix("e-"), learning),
+            *several,
+            "--trainer.accelerator=cpu",
+            "--trainer.precision=32-true",
+            f"--trainer.max_epochs={rounds}",
+            f"--trainer.default_root_dir={tmp_path / out}",
+            "--checkpoint.every_n_epochs=1",
+            *more,
+        ]
+
+    return build
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """From here on notes the numbers of the rounds or steps that a class of modules runs in this process."""
+
+    def note(kind: type) -> list[int]:
+        numbers: list[int] = []
+        step = kind.training_step  # type: ignore[attr-defined]
+
+        def watched(self: Any, batch: Any, batch_idx: int) -> Any:
+            numbers.append(self.current_epoch + batch_idx)  # a round is an epoch of one batch, a victim has one epoch
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(kind, "training_step", watched)
+        return numbers
+
+    return note
 
 
 def contents(folder: Path) -> dict[str, object]:

@@ -1,13 +1,10 @@
 """The command line, on every shipped config: what it writes, how it stops and goes on, what it refuses."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,97 +14,49 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import antidreambooth
-from antidreambooth.attack.methods import METHODS
+from antidreambooth.attack.methods import METHODS, Settings
+from antidreambooth.attack.steps import Momentum, NormalizedL2
+from antidreambooth.attack.surrogates import Offloaded
+from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
+from antidreambooth.finetuning.lora import LoRA
 from antidreambooth.photos.decoding import load_photos
 from antidreambooth.provenance import slug
 from cli import main, show
-from tests.conftest import ROOT
+from lightning_modules.cloaking import Cloaking
+from tests.conftest import ROOT, SURROGATE
+from tests.helpers import files, manifest, pixels, refused, start, wait_for
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),  # lightning's own
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
-]
 OTHERS = {"dreambooth", "dreambooth-lora", "textual-inversion", "pretraining", "people"}  # have tests of their own
-CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in OTHERS]
-OWN = {"perturbation", "passes"}  # of a checkpoint
-SURROGATE = (
-    "configs/dreambooth.yaml --model.training.learning_rate 1e-3 --model.training.steps 2 "
-    "--model.training.prior.images 4"
-)
-
-
-@pytest.fixture(autouse=True)
-def _no_arguments_of_pytests(monkeypatch):
-    """LightningCLI warns about arguments of the process beside the given ones."""
-    monkeypatch.setattr(sys, "argv", ["cli.py"])
-
-
-@pytest.fixture
-def command(small_model, small_v_model, photos, tmp_path):
-    """Arguments of a run of a few small rounds; more can be added."""
-
-    def build(*more, config=ROOT / "configs" / "aspl.yaml", rounds=2, out="out"):
-        fixed = {"advdm": [], "fsmg": [f"--model.surrogate={SURROGATE}"]}
-        learning = ["--model.surrogate.learning_rate=1e-3", "--model.surrogate.prior.images=4"]
-        several = [f"--model.ensemble.backbones=[{small_v_model}]"] if config.stem.startswith("e-") else []
-        return [
-            "fit",
-            f"--config={config}",
-            f"--data.photos={photos}",
-            f"--model.backbone={small_model}",
-            *fixed.get(config.stem.removeprefix("t-").removeprefix("e-"), learning),
-            *several,
-            "--trainer.accelerator=cpu",
-            "--trainer.precision=32-true",
-            f"--trainer.max_epochs={rounds}",
-            f"--trainer.default_root_dir={tmp_path / out}",
-            "--checkpoint.every_n_epochs=1",
-            *more,
-        ]
-
-    return build
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """What a run is for: cloaked photos, manifest, comparison."""
-    paths = [*(folder / "cloaked").iterdir(), folder / "manifest.json", folder / "comparison.png"]
-    return {path.name: path.read_bytes() for path in paths}
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
-def manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
+CONFIGS = sorted({path.stem for path in (ROOT / "configs").glob("*.yaml")} - OTHERS)
+OWN = {"perturbation", "memory", "passes"}  # of a checkpoint
+TRAINING = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))  # as `command` says by flags
 
 
 def test_every_method_has_its_config():
-    assert {path.stem for path in CONFIGS} == set(METHODS)
+    assert set(CONFIGS) == set(METHODS)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_parses(config, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", f"--config={config}", "--print_config"])
+        main(["fit", f"--config={ROOT / 'configs' / config}.yaml", "--print_config"])
     assert stopped.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["seed_everything"] == 0
-    method, model = METHODS[config.stem], printed["model"]
+    method, model = METHODS[config], printed["model"]
     assert printed["trainer"]["max_epochs"] == method.rounds
     assert model["init_args"]["pgd_steps"] == method.pgd_steps
-    assert model["class_path"].endswith("ASPL" if method.alternating else "FSMG")
-    assert method.untouched == (model["init_args"]["surrogate"] is None)
+    assert model["class_path"].endswith("ASPL" if method.surrogate == "alternating" else "FSMG")
+    assert (method.surrogate == "untouched") == (model["init_args"]["surrogate"] is None)
     assert method.several == bool(model["init_args"]["ensemble"]["backbones"])
     objective = model["init_args"]["objective"] or {"class_path": "Denoising"}
     assert objective["class_path"].endswith(type(method.objective()).__name__)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
     main(command(config=config, rounds=25))
     out = tmp_path / "out"
@@ -125,19 +74,19 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
     scalars = {"surrogate/clean_loss", "surrogate/cloaked_loss", "pgd/objective", "perturbation/largest"}
     assert scalars <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("pgd/objective")] == list(range(1, 26))
-    learning = METHODS[config.stem].alternating
+    learning = METHODS[config].surrogate == "alternating"
     assert (max(event.value for event in events.Scalars("surrogate/clean_loss")) > 0) == learning
     if learning:
         assert (out / "samples" / "round-025.png").is_file()
         assert "samples" in events.Tags()["images"]
     assert "25/25" in capsys.readouterr().out  # the bar counts rounds
-    models = 2 if METHODS[config.stem].several else 1
-    steps = METHODS[config.stem].pgd_steps * 3 + (6 * 2 if learning else 0)  # images a round, of each model
+    models = 2 if METHODS[config].several else 1
+    steps = METHODS[config].pgd_steps * 3 + (6 * 2 if learning else 0)  # images a round, of each model
     assert record["passes"]["unet"] == 25 * models * steps
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_a_notebook_gets_the_same_pixels(
     command, config, bf16, small_model, small_v_model, photos, tmp_path, monkeypatch
 ):
@@ -145,17 +94,85 @@ def test_a_notebook_gets_the_same_pixels(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # class images are drawn by both
     main(command(f"--trainer.precision={'bf16-mixed' if bf16 else '32-true'}", config=config, rounds=2))
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    method, backbones = METHODS[config.stem], [str(small_model), str(small_v_model)][: 1 + METHODS[config.stem].several]
-    if not (method.alternating or method.untouched):
+    method, backbones = METHODS[config], [str(small_model), str(small_v_model)][: 1 + METHODS[config].several]
+    if method.surrogate == "trained":
         backbones = [str(tmp_path / "out" / "surrogates" / slug(name) / "model") for name in backbones]
     shutil.copytree(tmp_path / "out" / "cloaked", tmp_path / "wanted")
-    # What the command was told by flags, the function reads where the model keeps its own values.
-    training = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))
-    monkeypatch.setattr("antidreambooth.api.DreamBooth", lambda: training)
+    settings = Settings(training=TRAINING)
     images = [Image.open(path) for path in sorted(photos.iterdir())]
-    cloaked = antidreambooth.cloak(images, backbones[0], config.stem, ensemble=backbones[1:], rounds=2, device="cpu")
+    first, *others = backbones
+    cloaked = antidreambooth.cloak(images, first, config, ensemble=others, settings=settings, rounds=2, device="cpu")
     for picture, path in zip(cloaked, sorted((tmp_path / "wanted").iterdir()), strict=True):
         assert np.array_equal(np.asarray(picture), pixels(path)), path.name
+
+
+LORA = ["--model.adaptation=LoRA", "--model.adaptation.rank=2"]
+L2 = ["--model.step_rule=NormalizedL2"]
+FALLING = ["--model.step_rule.schedule=linear", "--model.step_rule.random_start=true"]
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "settings"),
+    [
+        ("aspl", LORA, {"adaptation": LoRA(rank=2)}),
+        ("aspl", ["--model.micro_batch=1"], {"micro_batch": 1}),
+        (
+            "aspl",
+            ["--model.surrogate.gradient_checkpointing=true", "--model.surrogate.instance_prompt=a photo of t@t man"],
+            {"training": replace(TRAINING, gradient_checkpointing=True, instance_prompt="a photo of t@t man")},
+        ),
+        ("e-aspl", ["--model.ensemble.offload=true"], {"offload": True}),
+        ("advdm", ["--model.prompt=a photo of an old man"], {"prompt": "a photo of an old man"}),
+        ("advdm", [*L2, "--model.pgd_steps=3"], {"step_rule": NormalizedL2(), "pgd_steps": 3}),
+        (
+            "aspl",
+            ["--model.step_rule=Momentum", "--model.step_rule.decay=0.9", *FALLING],
+            {"step_rule": Momentum(0.9, schedule="linear", random_start=True)},
+        ),
+    ],
+    ids=["lora", "micro-batch", "checkpointing-prompt", "offload", "prompt", "l2", "momentum"],
+)
+def test_a_notebook_sets_what_the_command_line_sets(
+    command, config, flags, settings, small_model, small_v_model, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda: False)  # as the command's precision
+    main(command(*flags, config=config))
+    backbones = [str(small_model), str(small_v_model)][: 1 + METHODS[config].several]
+    images = [Image.open(path) for path in sorted(photos.iterdir())]
+    plain, cloaked = (
+        antidreambooth.cloak(
+            images, backbones[0], config, ensemble=backbones[1:], settings=chosen, rounds=2, device="cpu"
+        )
+        for chosen in (Settings(training=TRAINING), Settings(**{"training": TRAINING, **settings}))
+    )
+    written = [pixels(path) for path in sorted((tmp_path / "out" / "cloaked").iterdir())]
+    for picture, wanted in zip(cloaked, written, strict=True):
+        assert np.array_equal(np.asarray(picture), wanted)
+    if not {"micro_batch", "offload"} & {*settings}:  # these two change the memory alone
+        assert any(not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(plain, cloaked, strict=True))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--model.step_rule=Momentum", *FALLING], ["--model.step_rule=NormalizedL2"]], ids=["momentum", "l2"]
+)
+@pytest.mark.parametrize("config", ["aspl", "e-aspl", "advdm"])
+def test_what_a_step_rule_remembers_is_resumed_bit_for_bit(command, config, flags, tmp_path):
+    main(command(*flags, config=config, rounds=3, out="whole"))
+    interrupt = "--trainer.callbacks+=tests.lightning_modules.told.Told"
+    told = [interrupt, f"--trainer.callbacks.number={int(signal.SIGTERM)}", "--trainer.callbacks.epoch=0"]
+    with pytest.raises(SystemExit):
+        main(command(*flags, *told, config=config, rounds=3, out="parts"))
+    main(command(*flags, "--ckpt_path=last", config=config, rounds=3, out="parts"))
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+    main(command(config=config, rounds=3, out="plain"))
+    assert files(tmp_path / "whole")["a.png"] != files(tmp_path / "plain")["a.png"]
+
+
+def test_a_falling_step_size_knows_the_runs_end(command, tmp_path):
+    """More rounds would have made other steps from the first one on."""
+    main(command("--model.step_rule=Sign", "--model.step_rule.schedule=linear", rounds=2))
+    with pytest.raises(SystemExit, match="rounds: 2 then, 3 now"):
+        main(command("--model.step_rule=Sign", "--model.step_rule.schedule=linear", "--ckpt_path=last", rounds=3))
 
 
 def test_photos_so_far(command, tmp_path):
@@ -200,19 +217,23 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(command, tmp_path):
     assert not any(state["state"] for state in checkpoint["optimizer_states"])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_going_on_equals_not_stopping(command, config, tmp_path):
+@pytest.mark.parametrize("config", CONFIGS)
+def test_going_on_equals_not_stopping(command, config, tmp_path, noted):
     main(command(config=config, rounds=3, out="whole"))
     main(command(config=config, rounds=1, out="parts"))
+    rounds = noted(Cloaking)
     main(command("--ckpt_path=last", config=config, rounds=3, out="parts"))
+    assert rounds == [1, 2]
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
 
-def test_bf16_goes_on_bit_for_bit_too(command, tmp_path):
+def test_bf16_goes_on_bit_for_bit_too(command, tmp_path, noted):
     mixed = "--trainer.precision=bf16-mixed"
     main(command(mixed, rounds=3, out="whole"))
     main(command(mixed, rounds=1, out="parts"))
+    rounds = noted(Cloaking)
     main(command(mixed, "--ckpt_path=last", rounds=3, out="parts"))
+    assert rounds == [1, 2]
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
 
@@ -229,9 +250,9 @@ def test_other_settings_than_the_checkpoints_are_named(command, photos, tmp_path
     ("flag", "named"),
     [
         ("--seed_everything=3", "seed: 0 then, 3 now"),
-        ("--trainer.precision=bf16-mixed", "precision"),
-        ("--model.surrogate.prior.weight=0", "surrogate.prior.weight"),
-        ("--model.backbone=embedded", "backbone"),
+        ("--trainer.precision=bf16-mixed", "precision: 32-true then, bf16-mixed now"),
+        ("--model.surrogate.prior.weight=0", r"surrogate\.prior\.weight: 1\.0 then, 0\.0 now"),
+        ("--model.backbone=embedded", r"model\.backbone: .* then, embedded now"),
     ],
 )
 def test_any_other_setting_is_named(command, tmp_path, flag, named):
@@ -240,27 +261,7 @@ def test_any_other_setting_is_named(command, tmp_path, flag, named):
         main(command("--ckpt_path=last", flag))
 
 
-def start(arguments):
-    # One thread: two processes of several threads each wait for one another on few cores, a hundred times slower.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "cli.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_killed_in_a_round_then_gone_on_is_bit_identical(command, tmp_path):
+def test_killed_in_a_round_then_gone_on_is_bit_identical(command, tmp_path, noted):
     killed = start(command(rounds=40, out="killed"))
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     wait_for(checkpoint.exists, killed)
@@ -268,12 +269,10 @@ def test_killed_in_a_round_then_gone_on_is_bit_identical(command, tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not (tmp_path / "killed" / "manifest.json").exists()
-    again = start(command("--ckpt_path=last", rounds=40, out="killed"))
-    output, _ = again.communicate()
-    assert again.returncode == 0, output
-    whole = start(command(rounds=40, out="whole"))
-    output, _ = whole.communicate()
-    assert whole.returncode == 0, output
+    rounds = noted(Cloaking)
+    main(command("--ckpt_path=last", rounds=40, out="killed"))
+    assert 0 < rounds[0] < 40
+    main(command(rounds=40, out="whole"))
     assert files(tmp_path / "whole") == files(tmp_path / "killed")
 
 
@@ -281,14 +280,13 @@ def test_killed_in_a_round_then_gone_on_is_bit_identical(command, tmp_path):
 def test_two_ranks_hold_the_same_perturbation_and_weights(command, tmp_path, name):
     strategy = "ddp_find_unused_parameters_true" if name == "e-aspl" else "ddp"
     callback = "--trainer.callbacks+=tests.lightning_modules.rank_hashes.RankHashes"
-    config = ROOT / "configs" / f"{name}.yaml"
-    process = start(command("--trainer.devices=2", f"--trainer.strategy={strategy}", callback, config=config))
+    process = start(command("--trainer.devices=2", f"--trainer.strategy={strategy}", callback, config=name))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     first, second = ((tmp_path / "out" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
     assert manifest(tmp_path / "out")["settings"]["ranks"] == 2
-    main(command(config=config, out="alone"))
+    main(command(config=name, out="alone"))
     cloaked = [files(tmp_path / out)["a.png"] for out in ("out", "alone")]
     assert cloaked[0] != cloaked[1]  # the second rank's gradient counts
 
@@ -312,8 +310,8 @@ def test_ranks_send_gradients_and_losses_and_nothing_else(command, small_model, 
     assert "barrier" not in seen
 
 
-def test_an_ensemble_under_plain_ddp_is_refused(command, capsys):
-    arguments = command("--trainer.devices=2", "--trainer.strategy=ddp", config=ROOT / "configs" / "e-aspl.yaml")
+def test_an_ensemble_under_plain_ddp_is_refused(command):
+    arguments = command("--trainer.devices=2", "--trainer.strategy=ddp", config="e-aspl")
     process = start(arguments)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
@@ -325,7 +323,7 @@ def test_a_surrogate_is_trained_once_and_on_the_clean_photos(command, photos, tm
     clean = tmp_path / "clean"
     clean.mkdir()
     Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(clean / "other.png")
-    run = command(f"--data.clean_photos={clean}", config=ROOT / "configs" / "fsmg.yaml")
+    run = command(f"--data.clean_photos={clean}", config="fsmg")
     main(run)
     (surrogate,) = (tmp_path / "out" / "surrogates").iterdir()
     assert list(json.loads((surrogate / "manifest.json").read_text())["photos"]) == ["other.png"]
@@ -335,12 +333,12 @@ def test_a_surrogate_is_trained_once_and_on_the_clean_photos(command, photos, tm
     assert weights.stat().st_mtime_ns == before
     assert files(tmp_path / "out") == first
     with pytest.raises(SystemExit, match=r"surrogates.* was made with other settings \(photos"):
-        main(command(config=ROOT / "configs" / "fsmg.yaml"))
+        main(command(config="fsmg"))
 
 
 def test_the_fixed_surrogate_is_what_is_attacked(command, tmp_path):
-    main(command(config=ROOT / "configs" / "fsmg.yaml", out="trained"))
-    main(command(config=ROOT / "configs" / "advdm.yaml", out="untouched"))
+    main(command(config="fsmg", out="trained"))
+    main(command(config="advdm", out="untouched"))
     assert files(tmp_path / "trained")["a.png"] != files(tmp_path / "untouched")["a.png"]
     models = [manifest(tmp_path / out)["settings"]["model"] for out in ("trained", "untouched")]
     assert models[0]["backbone_sha256"] != models[1]["backbone_sha256"]
@@ -355,9 +353,9 @@ def test_the_fixed_surrogate_is_what_is_attacked(command, tmp_path):
         ("configs/dreambooth-lora.yaml --model.training.steps 1 --model.training.prior.weight 0", "no whole model"),
     ],
 )
-def test_surrogates_that_cannot_be_are_refused(command, capsys, surrogate, message):
-    arguments = command(f"--model.surrogate={surrogate}", config=ROOT / "configs" / "fsmg.yaml")
-    refused(arguments, message, capsys)
+def test_surrogates_that_cannot_be_are_refused(command, surrogate, message):
+    arguments = command(f"--model.surrogate={surrogate}", config="fsmg")
+    refused(arguments, message)
 
 
 @pytest.mark.parametrize(
@@ -368,15 +366,15 @@ def test_surrogates_that_cannot_be_are_refused(command, capsys, surrogate, messa
         ("--model.objective={class_path: Targeted, init_args: {target: nowhere}}", "'nowhere' is no picture"),
     ],
 )
-def test_nothing_is_trained_before_the_settings_are_known_to_be_right(command, tmp_path, capsys, flag, message):
-    refused(command(flag, config=ROOT / "configs" / "fsmg.yaml"), message, capsys)
+def test_nothing_is_trained_before_the_settings_are_known_to_be_right(command, tmp_path, flag, message):
+    refused(command(flag, config="fsmg"), message)
     assert not (tmp_path / "out" / "surrogates").exists()
 
 
 def test_a_surrogates_own_flags_stay_its_own(command, tmp_path):
     """Its seed is not the attack's, and its prompt is what the attack expects."""
     own = f"{SURROGATE} --seed_everything 5 --model.training.instance_prompt 'a photo of t@t person'"
-    arguments = command(f"--model.surrogate={own}", config=ROOT / "configs" / "fsmg.yaml")
+    arguments = command(f"--model.surrogate={own}", config="fsmg")
     main(arguments)
     first, record = files(tmp_path / "out"), manifest(tmp_path / "out")
     assert record["seed"] == 0
@@ -389,31 +387,39 @@ def test_a_surrogates_own_flags_stay_its_own(command, tmp_path):
 
 
 def test_another_precision_or_resolution_wants_another_surrogate(command, tmp_path):
-    main(command(config=ROOT / "configs" / "fsmg.yaml", rounds=1))
+    main(command(config="fsmg", rounds=1))
     for flag in ("--trainer.precision=bf16-mixed", "--model.resolution=32"):
         with pytest.raises(SystemExit, match=r"surrogates.* was made with other settings"):
-            main(command(flag, config=ROOT / "configs" / "fsmg.yaml", rounds=1))
+            main(command(flag, config="fsmg", rounds=1))
 
 
-def test_offloading_is_for_one_process(command, capsys):
+def test_offloading_is_for_one_process(command):
     ranks = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
-    arguments = command(*ranks, "--model.ensemble.offload=true", config=ROOT / "configs" / "e-aspl.yaml")
+    arguments = command(*ranks, "--model.ensemble.offload=true", config="e-aspl")
     process = start(arguments)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "leave out --model.ensemble.offload" in output
 
 
-def test_offloading_changes_nothing(command, tmp_path):
-    config = ROOT / "configs" / "e-aspl.yaml"
-    main(command(config=config, out="together"))
-    main(command("--model.ensemble.offload=true", config=config, out="apart"))
+def test_offloading_changes_nothing(command, tmp_path, monkeypatch):
+    made, offloaded = Offloaded.__init__, []
+
+    def noting(self, surrogate, device):
+        offloaded.append(surrogate)
+        made(self, surrogate, device)
+
+    monkeypatch.setattr(Offloaded, "__init__", noting)
+    main(command(config="e-aspl", out="together"))
+    assert len(offloaded) == 0
+    main(command("--model.ensemble.offload=true", config="e-aspl", out="apart"))
+    assert len(offloaded) == 2
     assert files(tmp_path / "together")["a.png"] == files(tmp_path / "apart")["a.png"]
 
 
-def test_a_surrogate_is_not_trained_by_several_processes(command, capsys, monkeypatch):
+def test_a_surrogate_is_not_trained_by_several_processes(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(command(config=ROOT / "configs" / "fsmg.yaml"), "run this command with one process first", capsys)
+    refused(command(config="fsmg"), "run this command with one process first")
 
 
 def test_ctrl_c_writes_what_there_is(command, tmp_path):
@@ -429,28 +435,20 @@ def test_ctrl_c_writes_what_there_is(command, tmp_path):
     assert all((tmp_path / "out" / photo["cloaked"]).is_file() for photo in record["photos"])
 
 
-def refused(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert str(stopped.value).startswith("error: ")
-    assert "\n" not in str(stopped.value)
-    assert message in str(stopped.value)
-
-
 @pytest.mark.parametrize("content", [b"", b"no picture at all", None], ids=["empty", "text", "truncated"])
-def test_a_bad_photo_is_named_before_a_model_is_loaded(command, photos, monkeypatch, capsys, content):
+def test_a_bad_photo_is_named_before_a_model_is_loaded(command, photos, monkeypatch, content):
     if content is None:
         content = (photos / "b.jpg").read_bytes()[:-200]
     (photos / "bad.jpg").write_bytes(content)
     monkeypatch.setattr("lightning_modules.backbone_module.load_backbone", lambda *_: pytest.fail("a model was loaded"))
-    refused(command(), "bad.jpg", capsys)
+    refused(command(), "bad.jpg")
 
 
 @pytest.mark.parametrize(("name", "fix"), [("nowhere", "does not exist"), ("empty", "holds no photo")])
-def test_a_bad_folder_is_named(command, tmp_path, capsys, name, fix):
+def test_a_bad_folder_is_named(command, tmp_path, name, fix):
     (tmp_path / "empty").mkdir()
-    refused(command(f"--data.photos={tmp_path / name}"), fix, capsys)
-    refused(command(f"--data.clean_photos={tmp_path / name}"), fix, capsys)
+    refused(command(f"--data.photos={tmp_path / name}"), fix)
+    refused(command(f"--data.clean_photos={tmp_path / name}"), fix)
 
 
 @pytest.mark.parametrize(
@@ -463,8 +461,8 @@ def test_a_bad_folder_is_named(command, tmp_path, capsys, name, fix):
         ("--model.backbone=./nowhere", "no folder here"),
     ],
 )
-def test_impossible_settings_end_in_one_line(command, capsys, flag, message):
-    refused(command(flag), message, capsys)
+def test_impossible_settings_end_in_one_line(command, flag, message):
+    refused(command(flag), message)
 
 
 def test_a_misspelt_flag_stops_at_once(command, capsys):
@@ -474,23 +472,23 @@ def test_a_misspelt_flag_stops_at_once(command, capsys):
     assert "buget" in capsys.readouterr().err
 
 
-def test_another_persons_results_are_not_mixed_in(command, photos, tmp_path, capsys):
+def test_another_persons_results_are_not_mixed_in(command, photos, tmp_path):
     main(command(rounds=1))
     (photos / "a.png").rename(photos / "z.png")
-    refused(command(rounds=1), "a.png", capsys)
+    refused(command(rounds=1), "holds photos that are not of this run (a.png)")
 
 
-def test_a_folder_that_cannot_be_written_is_found_first(command, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_found_first(command, tmp_path, monkeypatch):
     (tmp_path / "out").write_text("a file where the folder should be")
     monkeypatch.setattr("lightning_modules.backbone_module.load_backbone", lambda *_: pytest.fail("a model was loaded"))
-    refused(command(), "out", capsys)
+    refused(command(), f"nothing can be written to {tmp_path / 'out'}: File exists")
 
 
-def test_a_full_disk_is_found_first(command, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_found_first(command, tmp_path, monkeypatch):
     main(command())
     before = files(tmp_path / "out")
     monkeypatch.setattr("callbacks.disk_space.shutil.disk_usage", lambda _: FullDisk)
-    refused(command("--model.budget=4"), "free", capsys)
+    refused(command("--model.budget=4"), "has 0 MiB free")
     assert files(tmp_path / "out") == before
 
 
@@ -500,7 +498,7 @@ class FullDisk:
     free = 0
 
 
-def test_a_disk_that_fills_up_loses_nothing(command, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_fills_up_loses_nothing(command, tmp_path, monkeypatch):
     main(command())
     before, checkpoint = files(tmp_path / "out"), tmp_path / "out" / "checkpoints" / "last.ckpt"
     saved = checkpoint.read_bytes()
@@ -509,19 +507,22 @@ def test_a_disk_that_fills_up_loses_nothing(command, tmp_path, monkeypatch, caps
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lightning_modules.running.atomic_checkpoint.os.fsync", full)
-    refused(command("--model.budget=4", "--checkpoint.every_n_epochs=1"), "No space left", capsys)
+    refused(command("--model.budget=4", "--checkpoint.every_n_epochs=1"), "No space left")
     assert files(tmp_path / "out") == before
     assert checkpoint.read_bytes() == saved
     assert not list(checkpoint.parent.glob(".*"))
 
 
-def test_the_embedded_models_terms_come_first_and_once(command, capsys):
+def test_a_models_terms_come_first_and_once(command, small_model, tmp_path, capsys):
+    folder = shutil.copytree(small_model, tmp_path / "model")
+    replace(Defaults(), notice="for research only").write(folder)
     show.cache_clear()  # other tests of this process have shown them
-    main(command("--model.backbone=embedded", rounds=1))
+    main(command(f"--model.backbone={folder}", rounds=1))
     printed = capsys.readouterr().out
-    assert "non-commercial research" in printed.splitlines()[0]
-    main(command("--model.backbone=embedded", rounds=1, out="again"))
-    assert "non-commercial research" not in capsys.readouterr().out
+    assert printed.splitlines()[0] == "for research only"
+    assert printed.count("for research only") == 1
+    main(command(f"--model.backbone={folder}", rounds=1, out="again"))
+    assert "for research only" not in capsys.readouterr().out
 
 
 def test_a_class_in_the_working_directory_is_found(tmp_path):

@@ -22,12 +22,18 @@ class Photos(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a round leaves behind; of several surrogates the means."""
+    """What a round leaves behind; of several surrogates the mean losses."""
 
     cloaked: Float[Tensor, "n 3 h w"]
     clean_loss: Float[Tensor, ""]
     objective: Float[Tensor, ""]
     cloaked_loss: Float[Tensor, ""]
+    memory: Sequence[Tensor] = ()  # of the step rule, for each surrogate
+
+    @property
+    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """On clean photos, the objective of PGD, on cloaked photos."""
+        return self.clean_loss, self.objective, self.cloaked_loss
 
 
 def alternate(
@@ -36,6 +42,7 @@ def alternate(
     cloaked: Float[Tensor, "n 3 h w"],
     attack: PGD,
     turn: Turn,
+    memory: Sequence[Tensor] | None = None,
 ) -> Outcome:
     """One round of ASPL (arXiv:2303.15433, Section 4: alternating surrogate and perturbation learning).
 
@@ -49,19 +56,24 @@ def alternate(
         cloaked: what they have become so far.
         attack: projected gradient descent with its objective and budget.
         turn: number, seed and rank of this round.
+        memory: what the step rule remembered of each surrogate in the round before; None before the first one.
 
     Returns:
-        The photos after this round, the mean losses of both surrogate phases and the mean objective.
+        The photos after this round, the mean losses of both surrogate phases, the mean objective, and the memory.
     """
     generator = turn.generator(originals.device)
-    moved: list[Tensor] = []
-    clean_losses, objectives = [], []
-    for surrogate in surrogates:
+    clean_losses, moved = [], []
+    for number, surrogate in enumerate(surrogates):
         with surrogate.borrowed():
             clean_losses.append(surrogate.learn_clean(turn, generator))
-            images, objective = attack(surrogate, originals, cloaked, generator)
-        moved.append(images)
-        objectives.append(objective)
-    cloaked = attack.project(torch.stack(moved).mean(dim=0), originals)
+            before = None if memory is None else memory[number]
+            moved.append(attack(surrogate, originals, cloaked, turn, generator, before))
+    cloaked = attack.project(torch.stack([one.images for one in moved]).mean(dim=0), originals)
     cloaked_losses = [surrogate.learn_cloaked(cloaked, turn, generator) for surrogate in surrogates]
-    return Outcome(cloaked, *(torch.stack(values).mean() for values in (clean_losses, objectives, cloaked_losses)))
+    return Outcome(
+        cloaked,
+        clean_loss=torch.stack(clean_losses).mean(),
+        objective=torch.stack([one.objective for one in moved]).mean(),
+        cloaked_loss=torch.stack(cloaked_losses).mean(),
+        memory=[one.memory for one in moved],
+    )

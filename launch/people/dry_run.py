@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 
@@ -68,8 +68,8 @@ class Run:
     def method(self) -> Method:
         """The method with this run's numbers."""
         surrogate, rounds = self.model.get("surrogate"), self.config["trainer"]["max_epochs"] or 0
-        alternating, untouched = isinstance(surrogate, dict), surrogate is None
-        return Method(rounds, self.model["pgd_steps"], alternating=alternating, untouched=untouched)
+        kind = "alternating" if isinstance(surrogate, dict) else "untouched" if surrogate is None else "trained"
+        return Method(cast(Any, kind), rounds, self.model["pgd_steps"])
 
     @property
     def defaults(self) -> Defaults:
@@ -154,9 +154,9 @@ def time_line(run: Run, photos: list[int], at_a_time: int, measured: Measured) -
     passes = sum(cloak_passes(run.method, defaults, count, len(run.backbones)) + grids for count in photos)
     seconds = (passes * measured.seconds + len(photos) * OVERHEAD) / at_a_time
     line = f"time: about {duration(seconds)}, from passes timed on this machine's {device().type}"
-    if run.method.untouched or not defaults.prior_weight:
+    if run.method.surrogate == "untouched" or not defaults.prior_weight:
         return line
-    images = run.model["surrogate"]["prior"]["images"] if run.method.alternating else 200
+    images = run.model["surrogate"]["prior"]["images"] if run.method.surrogate == "alternating" else 200
     once = images * drawing(defaults.sampling_steps) * measured.seconds * len(run.backbones)
     return f"{line}; {duration(once)} more for class images where these are not there from earlier runs"
 
@@ -175,9 +175,9 @@ def disk_line(job: People, run: Run, photos: list[int], at_a_time: int, measured
 
 def bytes_of_weights(run: Run, measured: Measured) -> int:
     """Bytes that a run writes for each model: checkpoints of what learns, the old and the new one, or a surrogate."""
-    if run.method.untouched or run.model.get("adaptation"):  # a LoRA is small
+    if run.method.surrogate == "untouched" or run.model.get("adaptation"):  # a LoRA is small
         return 0
-    return 2 * measured.learned if run.method.alternating else measured.all
+    return 2 * measured.learned if run.method.surrogate == "alternating" else measured.all
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 log = logging.getLogger("antidreambooth")
@@ -53,7 +54,7 @@ class Preemption:
         if not trainer.strategy.reduce_boolean_decision(self.received, all=False):
             return
         kept = trainer.checkpoint_callback
-        if kept is not None and kept.dirpath is not None:
+        if isinstance(kept, ModelCheckpoint) and kept.dirpath is not None:
             path = os.path.join(kept.dirpath, "last.ckpt")  # noqa: PTH118 (may be on another file system)
             trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from antidreambooth.diffusion.backbone import Backbone
 
@@ -44,7 +46,7 @@ def gathered(strategy: Strategy, backbone: Backbone) -> dict[str, Tensor]:
     """What of a backbone has been trained, whole and in main memory; every rank has to ask at the same time."""
     learned = {name: parameter for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     if isinstance(strategy, ModelParallelStrategy):
-        return {name: parameter.full_tensor().detach().cpu() for name, parameter in learned.items()}
+        return {name: cast(DTensor, parameter).full_tensor().detach().cpu() for name, parameter in learned.items()}
     from deepspeed.runtime.zero import GatheredParameters
 
     whole: dict[str, Tensor] = {}

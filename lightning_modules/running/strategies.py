@@ -54,6 +54,7 @@ class DeepSpeed(DeepSpeedStrategy):
             exclude_frozen_parameters=True,
         )
         if offload_optimizer:
+            assert self.config is not None  # made of the arguments above
             self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW serves there, too, and is what we test
 
     def setup_environment(self) -> None:

@@ -11,7 +11,7 @@ from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.surrogates import Fixed
 from antidreambooth.attack.targets import PATTERNS, target_image
 from antidreambooth.attack.transforms import Crop, Flip
-from antidreambooth.diffusion.draws import Draw
+from antidreambooth.diffusion.draws import Draw, Uniform
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
@@ -54,7 +54,7 @@ def test_targeted_is_the_loss_less_the_distance_from_the_noised_target(any_backb
 
 
 def test_targeted_never_draws_the_level_that_has_none_before_it(backbone):
-    class Zero(type(Denoising().timesteps)):
+    class Zero(Uniform):
         def __call__(self, count, total, generator):
             return torch.zeros(count, dtype=torch.long)
 
@@ -67,7 +67,8 @@ def test_targeted_pgd_raises_its_objective(backbone):
     embedding = backbone.embed([PROMPT]).detach()
     draw = objective.draw(backbone, originals, generator())
     before = objective(backbone, originals, embedding, draw).mean()
-    cloaked, _ = PGD(steps=30, objective=objective)(Fixed(backbone, PROMPT), originals, originals, generator())
+    attack = PGD(steps=30, objective=objective)
+    cloaked = attack(Fixed(backbone, PROMPT), originals, originals, Turn(0), generator()).images
     assert objective(backbone, cloaked, embedding, draw).mean() > before
 
 
@@ -147,6 +148,18 @@ def test_transforms_are_drawn_anew_in_every_step(backbone):
     assert isinstance(first, Draw)
     assert [len(numbers) for numbers in first.transforms] == [3, 3]
     assert not torch.equal(first.transforms[1], second.transforms[1])
+
+
+def test_transforms_are_gone_through_in_their_order(backbone):
+    images, inner, crop, flip = to_float(random_images(4)), Denoising(), Crop(0.5), Flip()
+    objective = Transformed([crop, flip], inner)
+    draw, embedding = objective.draw(backbone, images, generator()), backbone.embed([PROMPT]).detach()
+    with torch.no_grad():
+        wanted = inner(backbone, flip(crop(images, draw.transforms[0]), draw.transforms[1]), embedding, draw)
+        plain = inner(backbone, images, embedding, draw)
+        actual = objective(backbone, images, embedding, draw)
+    torch.testing.assert_close(actual, wanted)
+    assert not torch.allclose(actual, plain)
 
 
 def test_nested_transforms_each_get_their_own_numbers(backbone):

@@ -40,6 +40,7 @@ def test_a_cloak_is_not_noise():
     training = DreamBooth().completed(backbone.defaults)
     Full().apply(backbone, training, seed=0)
     parameters = backbone.learned()
+    assert training.learning_rate is not None
     weights = Weights(parameters, torch.optim.AdamW(parameters, lr=training.learning_rate))
     images = cloaked = to_float(originals)
     surrogate = Alternating(backbone, training, weights, backbone.encode_all(images, 4))

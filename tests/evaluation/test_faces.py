@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,8 @@ def test_uniface_names_its_extra(monkeypatch):
 @pytest.fixture
 def fake_uniface(monkeypatch):
     """The parts of uniface 4 that are used, which looks at the top left pixel and wants blue first."""
-    package, constants = ModuleType("uniface"), ModuleType("uniface.constants")
+    package: Any = ModuleType("uniface")
+    constants: Any = ModuleType("uniface.constants")
 
     class RetinaFace:
         def detect(self, image):
@@ -167,8 +169,9 @@ def test_uniface_without_network_names_the_fix(fake_uniface):
 def test_people_are_told_apart_as_published():
     """At least 97 % of pairs on the right side of 0.6, same and different alike (published: 99.4 % on LFW)."""
     model, embeddings, whose = Dlib(), [], []
-    for number, person in enumerate(sorted(path for path in Path(PEOPLE).iterdir() if path.is_dir())):
-        folders = {path.parent for path in person.rglob("*") if path.suffix.lower() in SUFFIXES}
+    assert PEOPLE is not None
+    for number, home in enumerate(sorted(path for path in Path(PEOPLE).iterdir() if path.is_dir())):
+        folders = {path.parent for path in home.rglob("*") if path.suffix.lower() in SUFFIXES}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # several faces, none, or files that are no photos
             pictures = [(p.name, p.pixels) for folder in sorted(folders) for p in load_photos(folder, 128)]

@@ -2,7 +2,7 @@
 
 import math
 import pickle
-import warnings
+from typing import cast
 
 import pytest
 import torch
@@ -10,12 +10,14 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from antidreambooth.errors import InputError
+from antidreambooth.evaluation import brisque as brisque_module
 from antidreambooth.evaluation import measures, quality
 from antidreambooth.evaluation.brisque import _fitted as fitted
 from antidreambooth.evaluation.brisque import brisque, brisque_available
 from antidreambooth.evaluation.brisque import features as brisque_features
 from antidreambooth.evaluation.faces import Dlib, find, reference
 from antidreambooth.evaluation.measures import Brisque, EmbeddingStability, disturbed, face_measures, measure
+from antidreambooth.evaluation.per_image import PerImage
 from antidreambooth.photos.decoding import load_photos
 from tests.conftest import ROOT, random_images
 from tests.evaluation.rank_measures import REFERENCE, Dial, dials, one_rank
@@ -43,7 +45,7 @@ def test_means_are_over_what_is_defined():
     assert means["joint_ism"] == pytest.approx((1 + math.sqrt(0.5)) / 3)
     assert means["acceptance"] == pytest.approx(1 / 3)
     assert means["distance"] == pytest.approx((1 + math.sqrt(10)) / 2)
-    assert found["fdfr"].per_image.tolist() == [1, 0, 0]
+    assert cast(PerImage, found["fdfr"]).per_image.tolist() == [1, 0, 0]
 
 
 def test_without_any_face_only_what_needs_one_is_undefined():
@@ -158,9 +160,46 @@ def test_brisque_features_do_not_depend_on_the_orientation():
     torch.testing.assert_close(upright[horizontal], turned[vertical])
 
 
-def test_brisque_names_its_package(monkeypatch):
+@pytest.fixture
+def made_package(monkeypatch, tmp_path):
+    """A package brisque whose model has two support vectors, and the ranges of which are those of one picture."""
+    (picture,) = random_images(1, 64)
+    (highest,) = 2 * brisque_features(picture[None])  # with a lowest of 0, all its features are scaled to 0
+    folder = tmp_path / "brisque" / "models"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / "normalize.pickle").write_bytes(pickle.dumps({"min_": [0.0] * 36, "max_": highest.tolist()}))
+    vectors = [[3.0] + [0.0] * 36, [2.0] + [0.5] * 36]
+    rows = [" ".join([str(own[0]), *(f"{i}:{v}" for i, v in enumerate(own[1:], 1))]) for own in vectors]
+    (folder / "svm.txt").write_text("\n".join(["gamma 0.1", "rho 1.0", "SV", *rows, ""]))
+    monkeypatch.syspath_prepend(tmp_path)
+    brisque_module._model.cache_clear()
+    yield picture
+    brisque_module._model.cache_clear()
+
+
+def test_brisque_is_the_support_vector_regression_of_the_features(made_package):
+    value = brisque(made_package[None])
+    assert value.item() == pytest.approx(3 + 2 * math.exp(-0.1 * 36 * 0.25) - 1)
+
+
+def test_brisque_is_measured_where_its_package_is(made_package, monkeypatch):
+    assert "brisque" in face_measures(Dial(), REFERENCE)
     monkeypatch.setattr(measures, "brisque_available", lambda: False)
     assert "brisque" not in face_measures(Dial(), REFERENCE)
+
+
+def test_a_model_that_is_more_than_numbers_is_refused(made_package, tmp_path):
+    (tmp_path / "brisque" / "models" / "normalize.pickle").write_bytes(pickle.dumps({"min_": print}))
+    with pytest.raises(pickle.UnpicklingError, match="only numbers"):
+        brisque(made_package[None])
+
+
+def test_without_its_package_brisque_names_it(monkeypatch):
+    monkeypatch.setattr(brisque_module, "find_spec", lambda _: None)
+    brisque_module._model.cache_clear()
+    with pytest.raises(InputError, match="pip install --no-deps brisque"):
+        brisque(random_images(1, 64))
 
 
 def test_cloak_measures_agree_with_the_single_picture():
@@ -173,8 +212,9 @@ def test_cloak_measures_agree_with_the_single_picture():
         metric.update(original, cloaked)
         assert len(metric.per_image) == 3
     for index, figures in enumerate(map(quality.cloak_quality, original, cloaked)):
-        for metric in metrics:
-            wanted = math.nan if figures[metric.name] is None else figures[metric.name]
+        for metric, figure in zip(metrics, figures.values(), strict=True):
+            assert metric.name == list(figures)[metrics.index(metric)]
+            wanted = math.nan if figure is None else figure
             assert metric.per_image[index].item() == pytest.approx(wanted, abs=1e-3, nan_ok=True)
     assert metrics[2].compute() == pytest.approx((4 + 9 + 0) / 3)
     assert metrics[0].compute().isfinite()
@@ -187,9 +227,3 @@ def test_lpips_downloads_nothing(monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"^LPIPS is left out: it needs https://.*alexnet"):
         quality.LPIPS().update(random_images(1, 64), random_images(1, 64))
     assert not list(tmp_path.iterdir())
-
-
-def test_no_warnings_while_measuring():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        face_measures(Dial(), REFERENCE).forward_images(dials((1, 1)))

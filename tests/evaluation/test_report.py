@@ -4,6 +4,7 @@ import csv
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +66,8 @@ def write_experiment(folder: Path, people=("Ada", "Ben", "Cleo"), none: float = 
 
 def report(folder: Path, **given) -> tuple[str, str, list[dict[str, str]]]:
     cells = read_results(folder)
-    page = write_report(folder, cells, **{"title": "quick", "expected": len(cells), "resamples": 200} | given)
+    settings: dict[str, Any] = {"title": "quick", "expected": len(cells), "resamples": 200}
+    page = write_report(folder, cells, **settings | given)
     with (folder / "table.csv").open() as file:
         return page.read_text(), (folder / "table.md").read_text(), list(csv.DictReader(file))
 
@@ -77,7 +79,10 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.open, self.tags, self.links, self.images = [], [], [], []
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.images: list[dict[str, str]] = []
         self.feed(text)
         self.close()
         assert not self.open
@@ -141,7 +146,9 @@ def test_failures_come_first(tmp_path):
         fails, held = text.index("Where protection does not hold"), text.index("Where protection held here")
         assert fails < held < text.index("BRISQUE")
         assert "jpeg75" in text[fails:held]
-        assert "jpeg75" not in text[held : text.index("</section>" if text == html else "## Figures", held)]
+        good = text[held : text.index("</section>" if text == html else "## Figures", held)]
+        assert "aspl 8" in good
+        assert "jpeg75" not in good
 
 
 def test_a_weak_victim_judges_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""The hierarchical bootstrap: exact where a case can be constructed, against scipy and the standard error elsewhere."""
+"""The hierarchical bootstrap: exact where a case can be constructed, against the standard error elsewhere."""
 
 import math
 
@@ -71,15 +71,13 @@ def test_it_says_what_the_interval_is_over(people, cells, over):
     assert bootstrap(sample(people, cells, 4)).over == over
 
 
-def test_one_level_agrees_with_scipy_and_the_standard_error():
-    stats = pytest.importorskip("scipy.stats")
+def test_one_level_agrees_with_the_standard_error():
     values = np.random.default_rng(3).gamma(2, 1, 60)
     interval = bootstrap({"a": [values]}, resamples=8000)
-    method = {"n_resamples": 8000, "method": "percentile", "rng": np.random.default_rng(0)}
-    reference = stats.bootstrap((values,), np.mean, **method).confidence_interval
     error = values.std() / math.sqrt(len(values))
-    assert (interval.low, interval.high) == pytest.approx(tuple(reference), abs=0.15 * error)
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.06)
+    assert interval.low == pytest.approx(interval.mean - 1.96 * error, abs=0.3 * error)
+    assert interval.high > 2 * interval.mean - interval.low  # the values are skewed to the right, and so is their mean
 
 
 def test_variance_adds_up_over_the_levels():

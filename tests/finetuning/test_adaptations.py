@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
+from safetensors import safe_open
 from torch.nn import functional as F
 from torch.optim import AdamW
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -235,8 +236,9 @@ def test_a_loras_targets_are_in_order(backbone, tmp_path):
     targets = ["to_v", "to_q", "to_out.0", "to_k"]
     LoRA(targets=targets).prepare(backbone, False)
     LoRA().save(backbone, tmp_path)
-    (metadata, _) = contents(tmp_path)["pytorch_lora_weights.safetensors"]
-    assert json.loads(metadata["lora_adapter_metadata"])["unet.target_modules"] == sorted(targets)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["unet.target_modules"] == sorted(targets)
 
 
 def test_a_full_result_is_a_backbone_with_the_same_defaults(backbone, tmp_path):

@@ -23,24 +23,14 @@ from launch.people.command import parser, read_people
 from launch.people.folders import People
 from launch.runs import cloak_photos
 from lightning_modules import ASPL
-from tests.conftest import ROOT, contents, random_images
+from tests.conftest import ROOT, contents
+from tests.helpers import make_photos
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),  # lightning's own
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
-    pytest.mark.filterwarnings("ignore:The `srun` command is available"),  # on a machine with SLURM
-]
 CPU = "--trainer.accelerator cpu --trainer.precision 32-true"
 FLAGS = f"{CPU} --trainer.max_epochs 2 --model.pgd_steps 1 --checkpoint.every_n_epochs 1"
 ASPL_FLAGS = f"{FLAGS} --model.surrogate.steps 1 --model.surrogate.learning_rate 1e-3 --model.surrogate.prior.images 4"
 ODD = "Zoë {Müller} '#1', jr."
 READ = ["base model", "class images"]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_of_pytests(monkeypatch):
-    """LightningCLI warns about arguments of the process beside the given ones."""
-    monkeypatch.setattr(sys, "argv", ["cli.py"])
 
 
 def test_shares_are_everything_once_and_no_job_has_every_second_task():
@@ -76,13 +66,6 @@ def test_the_seconds_are_those_of_all_starts(tmp_path, monkeypatch):
     assert not done.with_name("begun.json").exists()
 
 
-def make_photos(folder: Path, count: int, seed: int) -> Path:
-    folder.mkdir(parents=True)
-    for index, pixels in enumerate(random_images(count, 16, seed)):
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
-    return folder
-
-
 def make_people(parent: Path) -> Path:
     """Ann has photos, the other one photos to protect and clean ones; what else there is is nobody."""
     make_photos(parent / "ann", 2, 0)
@@ -107,6 +90,10 @@ def watched(patch) -> list[str]:
         seen.append("surrogate" if "surrogates" in name else "base model")
         return load(name, *more)
 
+    def draw(*args, **options):
+        seen.append("class images")
+        return images(*args, **options)
+
     def run_here(commands, launcher, logs, title, total, done):
         for command in commands:
             assert command[:3] == [sys.executable, str(ROOT / "cli.py"), "people"]
@@ -114,7 +101,7 @@ def watched(patch) -> list[str]:
             main(command[2:])
 
     patch.setattr(module, "load_backbone", read)
-    patch.setattr(module, "class_images", lambda *a, **k: seen.append("class images") or images(*a, **k))
+    patch.setattr(module, "class_images", draw)
     patch.setattr(launch.tasks, "run_jobs", run_here)
     patch.setattr(launch.tasks, "gc", SimpleNamespace(collect=int))  # slow, and the models are small
     return seen
@@ -131,8 +118,6 @@ def done(small_model, tmp_path_factory):
     place = tmp_path_factory.mktemp("people")
     folder, out = make_people(place / "all people"), place / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["cli.py"])
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))  # as in conftest
         seen = watched(patch)
         main(words(folder, out, small_model, f"configs/aspl.yaml {ASPL_FLAGS}"))
     return SimpleNamespace(out=out, seen=seen)
@@ -273,7 +258,7 @@ def test_a_config_that_was_edited_is_other_settings(folder, tmp_path):
     assert differences(before, job.settings("ann")) == ["config.trainer.max_epochs: 50 then, 40 now"]
 
 
-def test_going_on_equals_not_stopping(ask, failed, done, tmp_path, monkeypatch):
+def test_going_on_equals_not_stopping(ask, failed, done, tmp_path, monkeypatch, noted):
     step, disturbance = ASPL.training_step, signal.getsignal(signal.SIGINT)
 
     def stopped(module, batch, number):
@@ -290,8 +275,7 @@ def test_going_on_equals_not_stopping(ask, failed, done, tmp_path, monkeypatch):
     assert checkpoint.is_file()
     assert summary(out) == {"ann": {"state": "waiting", "seconds": None, "error": None}}
     assert "ann was made with other settings (seed: 0 then, 1 now)" in failed("--names=[ann]", "--seed=1")
-    rounds = []
-    monkeypatch.setattr(ASPL, "training_step", lambda m, b, n: rounds.append(m.current_epoch) or step(m, b, n))
+    rounds = noted(ASPL)
     ask("--names=[ann]")
     assert rounds == [1]
     assert results(out) == results(done.out, "ann")
@@ -334,7 +318,11 @@ def test_everybody_has_a_surrogate_of_their_own(ask, tmp_path, monkeypatch):
 
 def test_what_is_remembered_is_copied():
     made = []
-    make = lambda: made.append(1) or [1]  # noqa: E731
+
+    def make():
+        made.append(1)
+        return [1]
+
     assert remembered(lambda: pytest.fail("no key is needed"), make) == [1]
     with kept_in_memory():
         first, second = (remembered(lambda: "a", make) for _ in range(2))
@@ -380,7 +368,7 @@ def test_the_plan_knows_the_methods(ask, method, small_model, tmp_path, capsys):
     several = f" --model.ensemble.backbones [{small_model}]" if method.startswith("e-") else ""
     ask("--dry_run", "--names=[ann]", how=f"configs/{method}.yaml {CPU}{several}")
     text = capsys.readouterr().out
-    weights = float(re.search(r"on the way ([\d.]+) MB for weights", text)[1])
+    (weights,) = map(float, re.findall(r"on the way ([\d.]+) MB for weights", text))
     assert (weights > 0) == (method != "advdm")
     assert ("class images" in text) == (method != "advdm")
     assert not (tmp_path / "out").exists()

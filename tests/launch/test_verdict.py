@@ -34,10 +34,9 @@ from launch.verdict.command import parser, read_experiment, verdict
 from launch.verdict.estimate import estimate, left
 from launch.verdict.experiment import BASE, Cell, Cloak, Experiment, Person
 from tests.conftest import ROOT, random_images
+from tests.helpers import make_photos
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),  # lightning's own
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
     pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision"),  # of 0.29
     pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`"),  # a test's log_dict gives none
 ]
@@ -56,17 +55,9 @@ JPEG75 = [{"class_path": "JPEG", "init_args": {"quality": 75}}]
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    """As in a process of its own: photos are read once in each; nothing of pytest's command line."""
+    """As in a process of its own: photos are read once in each."""
     contents.cache_clear()
-    monkeypatch.setattr(sys, "argv", ["cli.py"])
     monkeypatch.setattr(launch.jobs, "POLL", 0.05)
-
-
-def make_photos(folder: Path, count: int, seed: int) -> Path:
-    folder.mkdir(parents=True)
-    for index, pixels in enumerate(random_images(count, 16, seed)):
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
-    return folder
 
 
 def make_people(folder: Path, *names: str, photos: int = 2) -> Path:
@@ -213,7 +204,7 @@ def test_help_explains_every_option(capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     options = re.split(r"\n(?=  -)", text.partition("options:")[2] or text)[1:]
-    explained = {re.search(r"--([\w.+-]+)", option)[1]: option for option in options}
+    explained = {re.findall(r"--([\w.+-]+)", option)[0]: option for option in options}
     wanted = {"photos", "clean_photos", "name", "people_folder", "protections", "budgets", "victims", "conditions"}
     wanted |= {"launcher.workers", "launcher.timeout_min", "launcher.parameters", "generation.images", "keep_models"}
     assert wanted <= set(explained)
@@ -600,7 +591,7 @@ def test_jobs_run_side_by_side_with_a_bar(tmp_path, capsys):
 def test_a_job_that_dies_names_its_log(tmp_path):
     with pytest.raises(InputError, match=r"a job ended early \(exit code 3\): see (.*\.err), and run the same") as died:
         run([python("import sys; print('the reason', file=sys.stderr); sys.exit(3)"), python("")], tmp_path)
-    log = re.search(r"see (.*\.err)", str(died.value))[1]
+    (log,) = re.findall(r"see (.*\.err)", str(died.value))
     assert "the reason" in Path(log).read_text()
 
 
@@ -613,10 +604,12 @@ def test_ctrl_c_takes_the_jobs_along(tmp_path):
     file = tmp_path / "pid"
     code = f"import os, pathlib, time; pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(600)"
 
+    main_thread = threading.get_ident()
+
     def press():
         while not (file.exists() and file.read_text()):
             time.sleep(0.05)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        signal.pthread_kill(main_thread, signal.SIGINT)
 
     presser = threading.Thread(target=press, daemon=True)
     presser.start()
@@ -641,16 +634,18 @@ def test_local_jobs_share_cores_and_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("KEPT", "yes")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    environment = launch.jobs._environment(Launcher(), 4, 5)
+    environment = launch.jobs._environment(Launcher(), 4, 5) or {}
     assert environment.items() >= {"OMP_NUM_THREADS": "2", "KEPT": "yes"}.items()
     assert "CUDA_VISIBLE_DEVICES" not in environment
-    assert launch.jobs._environment(Launcher(), 0, 40)["OMP_NUM_THREADS"] == "1"
+
+    def given(name, jobs):
+        return [(launch.jobs._environment(Launcher(), number, jobs) or {}).get(name) for number in range(jobs)]
+
+    assert given("OMP_NUM_THREADS", 40) == ["1"] * 40
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    given = [launch.jobs._environment(Launcher(), number, 3)["CUDA_VISIBLE_DEVICES"] for number in range(3)]
-    assert given == ["0", "1", "0"]
+    assert given("CUDA_VISIBLE_DEVICES", 3) == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")  # those that this process may use
-    given = [launch.jobs._environment(Launcher(), number, 3)["CUDA_VISIBLE_DEVICES"] for number in range(3)]
-    assert given == ["5", "GPU-7", "5"]
+    assert given("CUDA_VISIBLE_DEVICES", 3) == ["5", "GPU-7", "5"]
     assert launch.jobs._environment(Launcher(cluster="slurm"), 1, 3) is None  # SLURM's own, on its machine
 
 
@@ -738,7 +733,6 @@ def finished(small_model, tmp_path_factory):
     outputs = []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(sys, "argv", ["cli.py"])
         patch.setattr(launch.jobs, "POLL", 0.1)
         patch.setattr(os, "sched_getaffinity", lambda _: {0})  # one thread, see conftest
         patch.setenv("KILLED_AFTER", str(place / "results" / "kill"))
@@ -806,7 +800,12 @@ def copy(finished, tmp_path, monkeypatch, small_model):
     """The finished verdict in a folder of its own, its worker in this process."""
     shutil.copytree(finished.root, tmp_path / "e")
     monkeypatch.chdir(finished.place)
-    monkeypatch.setattr(launch.tasks, "run_jobs", lambda commands, *_: [main(command[2:]) for command in commands])
+
+    def run_here(commands, *_):
+        for command in commands:
+            main(command[2:])
+
+    monkeypatch.setattr(launch.tasks, "run_jobs", run_here)
 
     # A loader gives lists for tuples, which the type check of the tests refuses.
     named = lightning_modules.victim.reference

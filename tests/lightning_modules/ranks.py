@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from lightning import Callback, Trainer
@@ -26,6 +27,7 @@ from lightning_modules.running.sharding import gathered
 SURROGATE = DreamBooth(learning_rate=1e-3, batch_size=2, steps=2, prior=PriorPreservation(weight=0.5, images=3))
 VICTIM = DreamBooth(learning_rate=1e-3, batch_size=2, steps=4, prior=PriorPreservation(weight=0.5, images=3))
 ROUNDS = 2
+RANKS = 2
 SEED = 5
 
 
@@ -36,7 +38,7 @@ class DeepSpeedCPU(DeepSpeed):
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for a minute
-        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices))]
+        self.parallel_devices = [torch.device("cpu", i) for i in range(RANKS)]
         super(DeepSpeedStrategy, self).setup_environment()
 
 
@@ -66,13 +68,24 @@ class Held(Callback):
         save_file({k: v.contiguous() for k, v in tensors.items()}, self.file)
 
 
+class Begun(Callback):
+    """A run that goes on does not start anew, which would end with the same."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_start(self, trainer, module):
+        assert trainer.current_epoch == self.epoch
+
+
 def fit(out, name, module, data, epochs, checkpoint=None, precision="32-true", **flags):
     """One fit; returns the folder of its checkpoint."""
     root = out / name
+    begun = Begun(1 if checkpoint else 0)
     kept = ModelCheckpoint(root / "checkpoints", "last", every_n_epochs=1, enable_version_counter=False)
     trainer = Trainer(
         accelerator="cpu",
-        devices=2,
+        devices=RANKS,
         strategy=STRATEGIES[name.split("_")[0]](),
         precision=precision,
         plugins=[TorchElasticEnvironment()],
@@ -82,7 +95,7 @@ def fit(out, name, module, data, epochs, checkpoint=None, precision="32-true", *
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Held(out / f"{name}-{os.environ['RANK']}.safetensors"), kept, *flags.pop("callbacks", [])],
+        callbacks=[Held(out / f"{name}-{os.environ['RANK']}.safetensors"), kept, begun, *flags.pop("callbacks", [])],
         **flags,
     )
     trainer.fit(module, data, ckpt_path=checkpoint)
@@ -107,9 +120,8 @@ def main(out, model, photos, names):
         )
     for name in ("ddp", "zero-2"):
         fit(out, f"{name}_bf16", aspl(), protect(), ROUNDS, precision="bf16-mixed")
-    original, Weights.restore = Weights.restore, lambda self, kept: None
-    fit(out, "ddp_control", aspl(), protect(), ROUNDS)
-    Weights.restore = original
+    with patch.object(Weights, "restore", lambda self, kept: None):
+        fit(out, "ddp_control", aspl(), protect(), ROUNDS)
 
 
 if __name__ == "__main__":

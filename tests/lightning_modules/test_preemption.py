@@ -10,9 +10,10 @@ from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from cli import main
+from lightning_modules.cloaking import Cloaking
 from lightning_modules.running.preemption import SIGNALS, Preemption, requeue
 from tests.conftest import ROOT
-from tests.test_cli import _no_arguments_of_pytests, command, files, manifest, pytestmark, start, wait_for  # noqa: F401
+from tests.helpers import files, manifest, start, wait_for
 
 TOLD = 128 + signal.SIGTERM  # exit code
 
@@ -32,19 +33,21 @@ def left(process):
 
 
 @pytest.mark.parametrize("number", SIGNALS[:2], ids=lambda number: number.name)
-def test_a_run_that_was_told_to_go_goes_on_bit_for_bit(command, tmp_path, number):  # noqa: F811
+def test_a_run_that_was_told_to_go_goes_on_bit_for_bit(command, tmp_path, number, noted):
     """The signal comes in the middle of a round, while the weights are borrowed."""
     seldom = "--checkpoint.every_n_epochs=1000"
     told = ["--trainer.callbacks+=tests.lightning_modules.told.Told", f"--trainer.callbacks.number={int(number)}"]
     left(start(command(seldom, *told, "--trainer.callbacks.epoch=2", rounds=6, out="told")))
     assert manifest(tmp_path / "told")["complete"] is False
     assert manifest(tmp_path / "told")["rounds"] == 3
+    rounds = noted(Cloaking)
     main(command(seldom, "--ckpt_path=last", rounds=6, out="told"))
+    assert rounds == [3, 4, 5]
     main(command(seldom, rounds=6, out="whole"))
     assert files(tmp_path / "told") == files(tmp_path / "whole")
 
 
-def test_any_rank_may_be_told(command, tmp_path):  # noqa: F811
+def test_any_rank_may_be_told(command, tmp_path):
     ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--checkpoint.every_n_epochs=1000"]
     process = start(command(*ranks, rounds=10_000))
     wait_for((tmp_path / "out" / "progress" / "round-010" / "c.png").exists, process)
@@ -80,20 +83,20 @@ def test_handlers_are_given_back():
     before = [signal.getsignal(number) for number in SIGNALS]
     preemption = Preemption()
     preemption.arm()
-    assert [signal.getsignal(number) for number in SIGNALS] != before
+    during = [signal.getsignal(number) for number in SIGNALS]
     preemption.disarm()
+    assert all(own != other for own, other in zip(during, before, strict=True))
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_without_a_signal_nothing_happens(tmp_path):
-    Preemption().leave_if_asked(Trainer(logger=False, enable_checkpointing=False, default_root_dir=tmp_path))
-
-
-def test_without_a_checkpoint_it_still_ends(tmp_path):
+def test_it_ends_if_asked_and_only_then(tmp_path):
+    """Even where there is no checkpoint to write."""
     preemption = Preemption()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    preemption.leave_if_asked(trainer)
     preemption.received = True
     with pytest.raises(SIGTERMException) as left:
-        preemption.leave_if_asked(Trainer(logger=False, enable_checkpointing=False, default_root_dir=tmp_path))
+        preemption.leave_if_asked(trainer)
     assert left.value.code == TOLD
 
 

@@ -1,7 +1,6 @@
 """Training another base model, small: what comes out, going on, bad input."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -15,17 +14,6 @@ from antidreambooth.photos.captioned import read_pictures
 from cli import main
 from lightning_modules import Pretraining
 from tests.conftest import ROOT, contents
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),  # lightning's own
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
-]
-
-
-@pytest.fixture(autouse=True)
-def _no_arguments_of_pytests(monkeypatch):
-    """LightningCLI warns about arguments of the process beside the given ones."""
-    monkeypatch.setattr(sys, "argv", ["cli.py"])
 
 
 @pytest.fixture
@@ -81,17 +69,25 @@ def test_twice_gives_the_same_another_seed_another(fit, tmp_path):
     assert one != three
 
 
-def test_going_on_equals_not_stopping(fit, tmp_path):
+def test_going_on_equals_not_stopping(fit, tmp_path, noted):
     main(fit(out="whole", steps=4))
     main(fit("--trainer.max_steps=2", out="parts", steps=4))
+    steps = noted(Pretraining)
     main(fit("--ckpt_path=last", out="parts", steps=4))
+    assert steps == [2, 3]
     assert contents(tmp_path / "whole" / "model") == contents(tmp_path / "parts" / "model")
 
 
 def test_what_is_saved_is_the_average(fit, tmp_path):
     main(fit(steps=2))
-    main(fit("--model.averaging=0.0", steps=2, out="last"))
-    assert contents(tmp_path / "out" / "model" / "unet") != contents(tmp_path / "last" / "model" / "unet")
+    main(fit("--model.averaging=0.0", "--trainer.max_steps=1", steps=2, out="first"))
+    main(fit("--model.averaging=0.0", steps=2, out="second"))
+    saved, first, second = (
+        load_backbone(str(tmp_path / out / "model")).unet.state_dict() for out in ("out", "first", "second")
+    )
+    for name, value in saved.items():
+        torch.testing.assert_close(value, (first[name] + second[name]) / 2)  # after the first step it is that one's
+    assert any(not torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -26,9 +26,8 @@ from cli import EXPECTED
 from datamodules import Protection
 from lightning_modules import ASPL
 from tests.conftest import ROOT
-from tests.lightning_modules.ranks import ROUNDS, SEED, STRATEGIES, SURROGATE, VICTIM
+from tests.lightning_modules.ranks import RANKS, ROUNDS, SEED, STRATEGIES, SURROGATE, VICTIM
 
-RANKS = 2
 NAMES = list(STRATEGIES)
 # Where no rank has all weights, hooks around the modules change the order in which autograd adds up the gradients of
 # what is used several times: equal but for rounding, which AdamW's and PGD's signs then enlarge.
@@ -175,7 +174,7 @@ def victim(ingredients):
     Full().apply(theta, training, seed=0)
     theta.unet.train(), theta.text_encoder.train()
     optimizer, instances = Several(theta, training, 0).optimizer(), base.encode_all(images, 4)
-    for step in range(training.steps):
+    for step in range(VICTIM.steps or 0):
         Several(theta, training, step).step(optimizer, 0, 1, instances, classes)
     return theta
 

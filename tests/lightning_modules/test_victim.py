@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import signal
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -15,26 +14,17 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lightning_modules.victim
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.photos.decoding import to_float
 from cli import main
 from lightning_modules.victim import Victim
 from tests.conftest import ROOT, contents, random_images
-from tests.test_cli import pixels, start, wait_for
+from tests.helpers import manifest, pixels, refused, start, wait_for
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),  # lightning's own
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
-]
 FOLDERS = {"dreambooth": "model", "dreambooth-lora": "lora", "textual-inversion": "textual_inversion"}
 FULL, LORA, INVERSION = FOLDERS
 FAKE = "--model.faces=tests.lightning_modules.fake_faces.FakeFaces"
-
-
-@pytest.fixture(autouse=True)
-def _no_arguments_of_pytests(monkeypatch):
-    """LightningCLI warns about arguments of the process beside the given ones."""
-    monkeypatch.setattr(sys, "argv", ["cli.py"])
 
 
 @pytest.fixture
@@ -94,20 +84,8 @@ def weights(folder):
     return {name: content for name, content in result(folder).items() if name.endswith(".safetensors")}
 
 
-def manifest(folder):
-    return json.loads((folder / "manifest.json").read_text())
-
-
 def scalars(folder, name):
     return [event.value for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars(name)]
-
-
-def refused(arguments, message):
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert str(stopped.value).startswith("error: ")
-    assert "\n" not in str(stopped.value)
-    assert message in str(stopped.value)
 
 
 @pytest.mark.parametrize("config", FOLDERS)
@@ -210,27 +188,22 @@ def test_going_on_equals_not_stopping(fit, tmp_path, interrupted, config, step):
     assert manifest(tmp_path / "parts")["steps"] == 6
 
 
-def test_each_step_is_done_once(fit, tmp_path, interrupted, monkeypatch):
+def test_each_step_is_done_once(fit, tmp_path, interrupted, noted):
     interrupted(fit(steps=6), 3)
-    numbers, step = [], Victim.training_step
-
-    def watched(self, batch, batch_idx):
-        numbers.append(batch_idx)
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(Victim, "training_step", watched)
+    steps = noted(Victim)
     main(fit("--ckpt_path=last", steps=6))
-    assert numbers == [2, 3, 4, 5]
+    assert steps == [2, 3, 4, 5]
 
 
-def test_going_on_after_the_end_changes_nothing(fit, tmp_path):
+def test_going_on_after_the_end_changes_nothing(fit, tmp_path, noted):
     main(fit(steps=4))
-    before = weights(tmp_path / "out")
+    before, steps = weights(tmp_path / "out"), noted(Victim)
     main(fit("--ckpt_path=last", steps=4))
+    assert steps == []
     assert weights(tmp_path / "out") == before
 
 
-def test_killed_then_gone_on_is_bit_identical(fit, tmp_path):
+def test_killed_then_gone_on_is_bit_identical(fit, tmp_path, noted):
     killed = start(fit(steps=200, out="killed"))
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     wait_for(checkpoint.exists, killed)
@@ -238,7 +211,9 @@ def test_killed_then_gone_on_is_bit_identical(fit, tmp_path):
     killed.communicate()
     assert not (tmp_path / "killed" / "manifest.json").exists()
     assert 2 <= torch.load(checkpoint, weights_only=True)["global_step"] < 200
+    steps = noted(Victim)
     main(fit("--ckpt_path=last", steps=200, out="killed"))
+    assert 2 <= steps[0] < 200
     main(fit(steps=200, out="whole"))
     assert result(tmp_path / "whole") == result(tmp_path / "killed")
 
@@ -319,9 +294,17 @@ def test_every_flag_counts(fit, tmp_path, flag):
     assert result(tmp_path / "out") != result(tmp_path / "other")
 
 
-def test_gradient_checkpointing_changes_nothing(fit, tmp_path):
+def test_gradient_checkpointing_changes_nothing(fit, tmp_path, monkeypatch):
+    step, on = Victim.training_step, []
+
+    def watched(self, batch, batch_idx):
+        on.append(self.backbone.unet.is_gradient_checkpointing)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Victim, "training_step", watched)
     main(fit())
     main(fit("--model.training.gradient_checkpointing=true", out="other"))
+    assert on == [False] * 3 + [True] * 3
     assert result(tmp_path / "out") == result(tmp_path / "other")
 
 
@@ -427,12 +410,19 @@ def test_measures_are_those_of_the_pictures_on_the_disk(fit, test, photos, tmp_p
         assert row["face"] == "1.0"
 
 
-def test_pictures_do_not_depend_on_the_batch(fit, test, tmp_path):
+def test_pictures_do_not_depend_on_the_batch(fit, test, tmp_path, monkeypatch):
     main(fit())
-    found = {}
+    found, sizes, drawn = {}, [], lightning_modules.victim.sample
+
+    def sizing(backbone, prompt, noise, *how):
+        sizes.append(len(noise))
+        return drawn(backbone, prompt, noise, *how)
+
+    monkeypatch.setattr(lightning_modules.victim, "sample", sizing)
     for batch in (1, 3):
         main(test(f"--model.generation.batch={batch}"))
         found[batch] = [pixels(tmp_path / "out" / row["file"]).astype(int) for row in rows(tmp_path / "out")]
+    assert sizes == [1] * 6 + [3] * 2
     assert np.abs(np.array(found[1]) - np.array(found[3])).max() <= 1
 
 
@@ -504,8 +494,8 @@ def test_a_prompt_that_names_nobody_is_warned_of(test):
 def test_a_folder_that_cannot_be_written_is_found_first(fit, test, tmp_path, monkeypatch):
     (tmp_path / "out").write_text("a file where the folder should be")
     monkeypatch.setattr("lightning_modules.backbone_module.load_backbone", lambda *_: pytest.fail("a model was loaded"))
-    refused(fit(), "out")
-    refused(test(), "out")
+    for arguments in (fit(), test()):
+        refused(arguments, f"nothing can be written to {tmp_path / 'out'}: File exists")
 
 
 def test_a_full_disk_is_found_first(fit, tmp_path, monkeypatch):
@@ -513,7 +503,7 @@ def test_a_full_disk_is_found_first(fit, tmp_path, monkeypatch):
         free = 0
 
     monkeypatch.setattr("callbacks.disk_space.shutil.disk_usage", lambda _: Full)
-    refused(fit(), "free")
+    refused(fit(), "has 0 MiB free")
     assert not (tmp_path / "out" / "model").exists()
 
 
