@@ -138,6 +138,8 @@ def no_advertisement(record: logging.LogRecord) -> bool:
 def main(args: ArgsType = None) -> None:
     """Runs a command; an error that is the user's to mend ends it with one line and how to see where it came from."""
     words = sys.argv[1:] if args is None else args
+    if "" not in sys.path:
+        sys.path.append("")  # the working directory, where a user's own classes are; Python itself adds cli.py's folder
     try:
         if isinstance(words, list) and words and words[0] in COMMANDS:
             COMMANDS[words[0]](words[1:], main, parsed)

@@ -543,6 +543,18 @@ def test_a_models_terms_come_first_and_once(command, small_model, tmp_path, caps
     assert "for research only" not in capsys.readouterr().out
 
 
+def test_a_class_in_the_working_directory_is_found(tmp_path):
+    """Wherever cli.py is; in a process of its own, as pytest adds folders to the path itself."""
+    lines = ["from antidreambooth.attack.objectives import Denoising", "class Mine(Denoising):", "    pass"]
+    (tmp_path / "own_objective.py").write_text("\n".join(lines))
+    flags = ["--model=ASPL", "--data=Protection", "--model.objective=own_objective.Mine", "--print_config"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), "fit", *flags], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["model"]["init_args"]["objective"]["class_path"] == "own_objective.Mine"
+
+
 def test_flags_explain_themselves(capsys):
     for arguments in (["fit", "--model.help", "ASPL"], ["fit", "--data.help", "Protection"]):
         with pytest.raises(SystemExit):
