@@ -26,6 +26,7 @@ from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.errors import DEBUG, InputError, causes, first_line
 from launch.fsmg_surrogates import train_surrogates
+from launch.help import FIT, TEST, USAGE, WELCOME, Help
 from launch.people.command import people
 from launch.verdict.command import verdict
 from lightning_modules import FSMG
@@ -44,10 +45,6 @@ TRAINER = {
     "use_distributed_sampler": False,  # every rank holds all photos
 }
 CHECKPOINT = {"filename": "last", "every_n_epochs": 10, "enable_version_counter": False}
-HELP = (
-    "Cloaks photos and trains on cloaked photos: `fit -c configs/aspl.yaml`, `fit -c configs/dreambooth.yaml`, then "
-    "`test` with the same config. Photos of many people: `people --help`. Many victims, compared: `verdict --help`."
-)
 COMMANDS = {"people": people, "verdict": verdict}  # which start runs; all others are one run
 EXPECTED = (  # warnings about what is meant to be so
     ".*in eval mode at the start of training.*",
@@ -70,6 +67,11 @@ class CommandLine(LightningCLI):
         parser.link_arguments("trainer.default_root_dir", "trainer.logger.init_args.save_dir")
         parser.link_arguments("model.resolution", "data.init_args.resolution", apply_on="instantiate")
         parser.link_arguments("model.steps", "data.init_args.steps", apply_on="instantiate")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of Lightning's commands that mean something here: no module of ours validates or predicts."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "test")}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also shows the terms of a model that has some, before anything else."""
@@ -112,6 +114,11 @@ class Parsed(Exception):  # noqa: N818 (nothing is wrong)
 class OnlyParsed(CommandLine):
     """A command line that is parsed and not run."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of Lightning's commands that mean something here: no module of ours validates or predicts."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "test")}
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Ends here: LightningCLI's constructor would go on and run it."""
         LightningCLI.parse_arguments(self, parser, args)
@@ -140,10 +147,15 @@ def main(args: ArgsType = None) -> None:
     words = sys.argv[1:] if args is None else args
     if "" not in sys.path:
         sys.path.append("")  # the working directory, where a user's own classes are; Python itself adds cli.py's folder
+    if isinstance(words, list) and (not words or words[0] in ("-h", "--help")):
+        show(WELCOME)
+        return
     try:
-        if isinstance(words, list) and words and words[0] in COMMANDS:
+        if isinstance(words, list) and words[0] in COMMANDS:
             COMMANDS[words[0]](words[1:], main, parsed)
         else:
+            if isinstance(words, list) and not words[0].startswith("-"):
+                require_command(words[0])
             one_run(args)
     except Exception as error:
         message = users_to_mend(error)
@@ -153,6 +165,17 @@ def main(args: ArgsType = None) -> None:
             sys.exit(f"error: {message}\n({DEBUG}=1 shows where)")
         traceback.print_exception(error)
         sys.exit(f"error: {message}")
+
+
+def require_command(name: str) -> None:
+    """The parser of Lightning's commands does not know of the others.
+
+    Raises:
+        InputError: there is no such command.
+    """
+    known = [*CommandLine.subcommands(), *COMMANDS]
+    if name not in known:
+        raise InputError(f"there is no command {name!r}: choose {', '.join(known)}; `python cli.py` explains them")
 
 
 def parsed(words: list[str]) -> Namespace:
@@ -183,7 +206,11 @@ def one_run(args: ArgsType, command_line: type[CommandLine] = CommandLine) -> No
             load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=TRAINER,
-            parser_kwargs={"description": HELP},
+            parser_kwargs={
+                "formatter_class": Help,
+                "fit": {"description": FIT, "usage": USAGE["fit"], "formatter_class": Help},
+                "test": {"description": TEST, "usage": USAGE["test"], "formatter_class": Help},
+            },
             args=args,
             **options,
         )

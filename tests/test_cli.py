@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -568,3 +571,31 @@ def test_flags_explain_themselves(capsys):
         "single file",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]], ids=["alone", "help", "h"])
+def test_the_command_alone_shows_each_command_with_an_example(words, capsys):
+    show.cache_clear()
+    main(words)
+    shown = capsys.readouterr().out
+    for name in ("fit", "test", "people", "verdict"):
+        assert f"      python cli.py {name} -" in shown
+    assert len(shown.splitlines()) < 25
+
+
+@pytest.mark.parametrize("name", ["fit", "test", "people", "verdict"])
+def test_a_commands_help_starts_with_examples(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    head = capsys.readouterr().out.splitlines()[:12]
+    assert head[0].startswith(f"usage: python cli.py {name} ")
+    examples = [line for line in head if line.startswith(f"  python cli.py {name} ")]
+    assert examples
+    for example in examples:  # every file that is named is there
+        for config in re.findall(r"configs/[\w/-]+\.yaml", example):
+            assert (ROOT / config).is_file(), config
+
+
+def test_a_command_that_is_not_there_is_named():
+    refused(["fitt"], "'fitt': choose fit, test, people, verdict")
