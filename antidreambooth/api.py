@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
-from antidreambooth.attack.rounds import alternate
+from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
 from antidreambooth.diffusion.loading import load_backbone, resolution_of
@@ -73,6 +73,9 @@ def cloak(
         raise InputError(f"{method} attacks {'several models: give ensemble' if several else 'one model'}")
     if not images:
         raise InputError("there are no images to cloak")
+    total = METHODS[method].rounds if rounds is None else rounds
+    if total < 1:
+        raise InputError(f"rounds are 1 or more, got {rounds}")
     assembly = Assembly(METHODS[method], replace(settings or Settings(), budget=budget))
     side = resolution_of(backbone)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -89,7 +92,6 @@ def cloak(
         return model.encode_all(to_float(pictures).to(where), assembly.attack.micro_batch)
 
     assembly.adopt(models, class_latents, seed)
-    total = METHODS[method].rounds if rounds is None else rounds
     # The perturbation is what is kept between rounds, as a training run keeps it: adding it rounds.
     perturbation, memory = assembly.attack.start(originals, seed), None
     with torch.autocast(where.type, torch.bfloat16, enabled=computes_in_bf16()):
@@ -97,6 +99,7 @@ def cloak(
         for number in progress(range(total)):
             turn = Turn(number, seed, rounds=total)
             outcome = alternate(surrogates, originals, originals + perturbation, assembly.attack, turn, memory)
+            require_vital(outcome.vital_signs.tolist(), turn)
             perturbation, memory = outcome.cloaked - originals, outcome.memory
     cloaked = to_8bit((originals + perturbation).cpu(), pixels, budget)
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in cloaked]

@@ -90,7 +90,8 @@ class Plain:
         prime, clean_loss = self.learn(prime, self.task.photos, turn, generator)
         cloaked, objective = self.perturb(prime, cloaked, generator)
         self.theta, cloaked_loss = self.learn(self.theta, cloaked, turn, generator)
-        return Outcome(cloaked, clean_loss, objective, cloaked_loss)
+        unmeasured = torch.zeros_like(objective)
+        return Outcome(cloaked, clean_loss, objective, cloaked_loss, slope=unmeasured, weights=unmeasured)
 
     def learn(
         self, models: nn.ModuleList, images: Tensor, turn: Turn, generator: torch.Generator

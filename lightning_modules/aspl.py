@@ -64,6 +64,16 @@ class ASPL(Cloaking):
         """AdamW over what the surrogates train, each at its own learning rate."""
         return AdamW(self.assembly.groups(), fused=True)
 
+    def memory_savers(self) -> list[str]:
+        """Also checkpointing, and a LoRA as the surrogate."""
+        whole = isinstance(self.hparams.adaptation or Full(), Full)
+        checkpointing = self.hparams.surrogate.gradient_checkpointing
+        return [
+            *super().memory_savers(),
+            *([] if checkpointing else ["--model.surrogate.gradient_checkpointing true"]),
+            *(["-c configs/trainer/low-memory.yaml (a LoRA as the surrogate, too)"] if whole else []),
+        ]
+
     def effective(self) -> dict[str, Any]:
         """Also how the surrogates train."""
         first, *others = self.assembly.trainings

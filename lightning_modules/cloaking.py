@@ -14,12 +14,13 @@ from antidreambooth.attack.cost import counted
 from antidreambooth.attack.methods import Assembly, Method, Settings
 from antidreambooth.attack.objectives import Objective
 from antidreambooth.attack.perturbation import STEP
-from antidreambooth.attack.rounds import Outcome, Photos, alternate
+from antidreambooth.attack.rounds import Outcome, Photos, alternate, require_vital
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.loading import locate
 from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.weights import Weights
 from lightning_modules.backbone_module import BackboneModule
@@ -114,6 +115,12 @@ class Cloaking(BackboneModule):
         """The base models, as loaded."""
         return [self.backbone, *cast(list[Backbone], list(self.others))]
 
+    def setup(self, stage: str) -> None:
+        """Refuses a run of no rounds, which would deliver the photos as they are."""
+        super().setup(stage)
+        if self.trainer.max_epochs == 0:
+            raise InputError("--trainer.max_epochs is the number of rounds, 1 or more: got 0")
+
     def method(self) -> Method:
         """Which row of the methods' table this run is."""
         raise NotImplementedError
@@ -160,6 +167,15 @@ class Cloaking(BackboneModule):
         self.rounds = self.current_epoch + 1
         self._log(outcome)
 
+    def memory_savers(self) -> list[str]:
+        """Photos one at a time; base models one at a time."""
+        chosen, alone = self.hparams, self.trainer.world_size == 1
+        several = bool(chosen.ensemble.backbones)
+        return [
+            *(["--model.micro_batch 1"] if chosen.micro_batch > 1 else []),
+            *(["--model.ensemble.offload true"] if several and alone and not chosen.ensemble.offload else []),
+        ]
+
     def on_train_epoch_end(self) -> None:
         """The round is whole."""
         self.preemption.leave_if_asked(self.trainer)
@@ -195,10 +211,11 @@ class Cloaking(BackboneModule):
     def _log(self, outcome: Outcome) -> None:
         # One message for all of them. Lightning's sync_dist takes four for each, and a bar that only the first rank has
         # sends some of them by itself.
-        losses = torch.stack([outcome.clean_loss, outcome.cloaked_loss, outcome.objective])
-        names = ("surrogate/clean_loss", "surrogate/cloaked_loss", "pgd/objective")
+        signs = self._average(outcome.vital_signs)
+        require_vital(signs.tolist(), self.turn)  # the round's one copy from the device
+        names = ("surrogate/clean_loss", "pgd/objective", "surrogate/cloaked_loss", "pgd/gradient")
         values = {
-            **dict(zip(names, self._average(losses), strict=True)),
+            **dict(zip(names, signs, strict=False)),
             "perturbation/largest": self.perturbation.abs().max() / STEP,
             "perturbation/mean": self.perturbation.abs().mean() / STEP,
         }

@@ -94,6 +94,11 @@ class FSMG(Cloaking):
         records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         return [record["settings"]["model"]["training"]["instance_prompt"] for record in records]
 
+    def memory_savers(self) -> list[str]:
+        """Also checkpointing."""
+        checkpointing = self.hparams.gradient_checkpointing
+        return [*super().memory_savers(), *([] if checkpointing else ["--model.gradient_checkpointing true"])]
+
     def effective(self) -> dict[str, Any]:
         """Also the prompts."""
         return {**super().effective(), "prompts": self.assembly.prompts}

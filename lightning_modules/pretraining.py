@@ -149,6 +149,10 @@ class Pretraining(BackboneModule):
         """What is saved."""
         return self.backbone
 
+    def memory_savers(self) -> list[str]:
+        """Fewer pictures in a step."""
+        return ["a smaller --model.batch_size"] if self.hparams.batch_size > 1 else []
+
     def on_train_end(self) -> None:
         """The averaged weights are the result."""
         unet, text_encoder = cast(nn.ModuleList, self.averaged.module)

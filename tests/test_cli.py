@@ -1,6 +1,7 @@
 """The command line, on every shipped config: what it writes, how it stops and goes on, what it refuses."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from antidreambooth.finetuning.full import Full
 from antidreambooth.finetuning.lora import LoRA
 from antidreambooth.photos.decoding import load_photos
 from antidreambooth.provenance import slug
-from cli import main, show
+from cli import main, parsed, show
 from lightning_modules.cloaking import Cloaking
 from tests.conftest import ROOT, SURROGATE
 from tests.helpers import files, manifest, pixels, refused, start, wait_for
@@ -175,6 +176,23 @@ def test_a_falling_step_size_knows_the_runs_end(command, tmp_path):
     main(command("--model.step_rule=Sign", "--model.step_rule.schedule=linear", rounds=2))
     with pytest.raises(SystemExit, match="rounds: 2 then, 3 now"):
         main(command("--model.step_rule=Sign", "--model.step_rule.schedule=linear", "--ckpt_path=last", rounds=3))
+
+
+def test_parsing_gives_all_settings_and_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs" / "aspl.yaml"
+    settings = parsed(["fit", f"--config={config}", "--model.budget=4", "--seed_everything=3", "--ckpt_path=last"])
+    model = settings.model.init_args
+    assert (model.budget, model.pgd_steps, model.surrogate.prior.images) == (4.0, 6, 200)
+    assert (settings.trainer.max_epochs, settings.seed_everything, settings.ckpt_path) == (50, 3, "last")
+    assert [entry.class_path for entry in settings.trainer.callbacks][1] == "callbacks.CloakedPhotos"
+    assert "PL_GLOBAL_SEED" not in os.environ
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(SystemExit) as stopped:
+        parsed(["fit", f"--config={config}", "--model.buget=4"])
+    assert stopped.value.code == 2
+    assert "buget" in capsys.readouterr().err
 
 
 def test_photos_so_far(command, tmp_path):

@@ -68,6 +68,7 @@ class Moved(NamedTuple):
 
     images: Float[Tensor, "n 3 h w"]  # within the budget of the originals, in [-1, 1]
     objective: Float[Tensor, ""]  # its mean over the steps
+    slope: Float[Tensor, ""]  # mean absolute gradient over the steps; the sign of a gradient hides NaN
     memory: Tensor  # of the step rule
 
 
@@ -100,8 +101,8 @@ class PGD:
             )
         if self.step_size is not None and not 0 < self.step_size <= 255:
             raise InputError(f"the step size is in 8-bit steps, above 0: got {self.step_size}")
-        if self.steps < 0 or self.micro_batch < 1:
-            raise InputError(f"pgd_steps >= 0 and micro_batch >= 1, got {self.steps} and {self.micro_batch}")
+        if self.steps < 1 or self.micro_batch < 1:
+            raise InputError(f"pgd_steps and micro_batch are 1 or more, got {self.steps} and {self.micro_batch}")
 
     @property
     def effective_step_size(self) -> float:
@@ -144,14 +145,15 @@ class PGD:
         size = self.effective_step_size * STEP
         backbone = surrogate.backbone
         memory = self.rule.begin(originals) if memory is None or not self.rule.lasting else memory
-        total = torch.zeros((), device=originals.device)
+        total, slope = torch.zeros((2,), device=originals.device)
         with frozen(backbone):
             embedding = surrogate.prompt_embedding()
             for number in range(self.steps):
                 draw = self.objective.draw(backbone, cloaked, generator)
                 gradient, value = pixel_gradient(self.objective, backbone, cloaked, embedding, draw, self.micro_batch)
-                direction, memory = self.rule.direction(self.reduce(gradient), memory)
+                gradient = self.reduce(gradient)
+                direction, memory = self.rule.direction(gradient, memory)
                 step = size * self.rule.factor(turn.progress(number / self.steps))
                 cloaked = self.project(cloaked + step * direction, originals)
-                total = total + value
-        return Moved(cloaked, total / max(self.steps, 1), memory)
+                total, slope = total + value, slope + gradient.abs().mean()
+        return Moved(cloaked, total / self.steps, slope / self.steps, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.errors import InputError
 
 
 class Photos(NamedTuple):
@@ -28,12 +30,50 @@ class Outcome(NamedTuple):
     clean_loss: Float[Tensor, ""]
     objective: Float[Tensor, ""]
     cloaked_loss: Float[Tensor, ""]
+    slope: Float[Tensor, ""]  # mean absolute gradient of the objective in the pixels
+    weights: Float[Tensor, ""]  # norm of the weights that learn, 0 where none do
     memory: Sequence[Tensor] = ()  # of the step rule, for each surrogate
 
     @property
     def losses(self) -> tuple[Tensor, Tensor, Tensor]:
         """On clean photos, the objective of PGD, on cloaked photos."""
         return self.clean_loss, self.objective, self.cloaked_loss
+
+    @property
+    def vital_signs(self) -> Float[Tensor, 5]:
+        """What ``require_vital`` looks at, in one tensor, so that one copy from the device tells."""
+        return torch.stack([*self.losses, self.slope, self.weights])
+
+
+def require_vital(signs: Sequence[float], turn: Turn) -> None:
+    """Ends a run that does not work; to be called once a round, on every rank with the same values.
+
+    Args:
+        signs: ``Outcome.vital_signs``, over all ranks.
+        turn: the round that they belong to.
+
+    Raises:
+        InputError: a number is not finite, or nothing moves the photos.
+    """
+    names = (
+        "the surrogate's loss on clean photos",
+        "the attack's objective",
+        "the surrogate's loss on cloaked photos",
+        "the gradient in the pixels",
+        "a weight of the surrogate",
+    )
+    where = f"in round {turn.number + 1} of {turn.rounds}"
+    for name, value in zip(names, signs, strict=True):
+        if not math.isfinite(value):
+            raise InputError(
+                f"{name} is no finite number any more {where}, so the photos are not protected and not delivered: try "
+                "a lower --model.surrogate.learning_rate, --trainer.precision 32-true or another base model"
+            )
+    if signs[3] == 0:
+        raise InputError(
+            f"the gradient in the pixels is 0 {where}, so nothing moves the photos and none is delivered: try another "
+            "base model or --model.objective"
+        )
 
 
 def alternate(
@@ -75,5 +115,7 @@ def alternate(
         clean_loss=torch.stack(clean_losses).mean(),
         objective=torch.stack([one.objective for one in moved]).mean(),
         cloaked_loss=torch.stack(cloaked_losses).mean(),
+        slope=torch.stack([one.slope for one in moved]).mean(),
+        weights=torch.stack([surrogate.weight_norm().to(originals.device) for surrogate in surrogates]).mean(),
         memory=[one.memory for one in moved],
     )

@@ -225,11 +225,11 @@ def _uniface() -> _UniFace:
     try:
         from uniface import ArcFace, RetinaFace, face_alignment
         from uniface.constants import ArcFaceWeights
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise InputError("UniFace needs the extra uniface: pip install -e '.[uniface]'") from error
     try:
         return _UniFace(RetinaFace(), ArcFace(model_name=ArcFaceWeights.RESNET), face_alignment)
-    except (OSError, RuntimeError) as error:  # no network, no room, or a damaged file
+    except (OSError, ValueError) as error:  # no network or no room; a file with another hash
         raise InputError(
             f"the weights of UniFace cannot be fetched ({error}): check the network, or copy ~/.uniface/models from a "
             f"machine that has them (UNIFACE_CACHE_DIR names another folder)"
