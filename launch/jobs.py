@@ -127,7 +127,7 @@ def _job(command: list[str], environment: dict[str, str] | None) -> Callable[[],
                 raise RuntimeError(f"exit code {process.returncode}")
 
         def checkpoint(self) -> DelayedSubmission:
-            """SLURM takes the machine away: the command stops where it can go on, and submitit requeues the job."""
+            """SLURM takes the machine away: the command stops so that it can be resumed, submitit requeues the job."""
             if self.number is not None:
                 os.kill(self.number, signal.SIGTERM)
                 # Popen's own wait, which this interrupts, holds a lock.

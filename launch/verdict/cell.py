@@ -31,7 +31,7 @@ from launch.runs import Fit, cloak_photos, contents, finished, located
 
 BASE = "base"  # the protection of the control, a base model that is trained on nobody
 CALLBACKS = '[{"class_path": "TrainedModel"}, {"class_path": "Likeness"}]'
-Kind = Literal["none", "noise", "folder", "run"]  # how photos are protected: a folder holds them, or a run cloaks them
+Origin = Literal["none", "noise", "folder", "run"]  # published photos: as they were, noisy, given, cloaked by us
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Cloak:
         budget: largest change of a pixel's value, in 8-bit steps; 0 where there is no choice of it.
         seed: of whatever is random in it.
         folders: the person's photos.
-        kind: how the photos are protected.
+        origin: where the published photos come from.
         how: as the experiment says it: ``none``, ``noise``, a folder, or a config file and its flags.
         backbone: the base model that is attacked.
         root: folder of the experiment's results.
@@ -76,7 +76,7 @@ class Cloak:
     budget: float
     seed: int
     folders: Person = field(compare=False)
-    kind: Kind = field(compare=False)
+    origin: Origin = field(compare=False)
     how: str = field(compare=False)
     backbone: str = field(compare=False)
     root: Path = field(compare=False)
@@ -95,7 +95,7 @@ class Cloak:
     @property
     def source(self) -> Path:
         """The folder of the photos that this starts from: the person's, or those that somebody else protected."""
-        return Path(self.how if self.kind == "folder" else self.folders.photos)
+        return Path(self.how if self.origin == "folder" else self.folders.photos)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Cloak:
             "seed": self.seed,
             "photos": contents(self.folders.photos),
             "clean_photos": contents(self.folders.clean_photos),
-            **({"protected": contents(self.how)} if self.kind == "folder" else {}),
+            **({"protected": contents(self.how)} if self.origin == "folder" else {}),
         }
 
 
@@ -262,11 +262,11 @@ def protected(cloak: Cloak) -> Tensor:
     Raises:
         InputError: they have to be cloaked first.
     """
-    if cloak.kind == "none":
+    if cloak.origin == "none":
         return originals(cloak)
-    if cloak.kind == "noise":
+    if cloak.origin == "noise":
         return random_noise(originals(cloak), cloak.budget, cloak.seed)
-    if cloak.kind == "folder":
+    if cloak.origin == "folder":
         return pixels(cloak.how, resolution_of(cloak.backbone))
     if not cloak.record.is_file():  # the folder of an interrupted run holds photos, too
         raise InputError(f"its cloak is not finished: {cloak.name}")

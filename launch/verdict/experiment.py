@@ -15,7 +15,7 @@ from antidreambooth.errors import InputError
 from antidreambooth.evaluation.conditions import Condition
 from launch.jobs import Launcher
 from launch.runs import is_config, located
-from launch.verdict.cell import BASE, Cell, Cloak, Kind, Person
+from launch.verdict.cell import BASE, Cell, Cloak, Origin, Person
 
 
 class Resolved(NamedTuple):
@@ -89,7 +89,7 @@ class Experiment:
         twice = [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]
         if twice:
             raise InputError(f"two cells would be called {twice[0]}: name people, protections or conditions otherwise")
-        return Resolved(list(dict.fromkeys(cell.cloak for cell in cells if cell.cloak.kind == "run")), cells)
+        return Resolved(list(dict.fromkeys(cell.cloak for cell in cells if cell.cloak.origin == "run")), cells)
 
     def _check(self) -> None:
         for name in ("protections", "budgets", "victims", "conditions", "cloak_seeds", "victim_seeds"):
@@ -98,7 +98,7 @@ class Experiment:
         if BASE in self.protections:
             raise InputError(f"{BASE!r} is the name of the control that is always there: call that protection another")
         for name, how in self.protections.items():
-            kind_of(name, how)
+            origin_of(name, how)
         for name, how in self.victims.items():
             require_config(name, how)
 
@@ -121,19 +121,19 @@ class Experiment:
     def _cells(self, everyone: dict[str, Person]) -> Iterator[Cell]:
         for person, folders in everyone.items():
             yield self._control(person, folders)
-        kinds = {name: kind_of(name, how) for name, how in self.protections.items()}
+        origins = {name: origin_of(name, how) for name, how in self.protections.items()}
         # Everybody's first seed comes before anybody's second one, so that a stopped experiment can be evaluated.
         for cloak_seed, seed in product(self.cloak_seeds, self.victim_seeds):
             for person, condition, victim in product(everyone, self.conditions, self.victims):
                 for protection, budget in product(self.protections, self.budgets):
-                    fixed = kinds[protection] in ("none", "folder")
+                    fixed = origins[protection] in ("none", "folder")
                     cloak = Cloak(
                         person,
                         protection,
                         budget=0.0 if fixed else budget,
                         seed=0 if fixed else cloak_seed,
                         folders=everyone[person],
-                        kind=kinds[protection],
+                        origin=origins[protection],
                         how=self.protections[protection],
                         backbone=self.backbone,
                         root=self.root,
@@ -166,11 +166,11 @@ class Experiment:
         )
 
 
-def kind_of(name: str, how: str) -> Kind:
-    """How the protection ``name`` protects photos.
+def origin_of(name: str, how: str) -> Origin:
+    """Where the photos under the protection ``name`` come from.
 
     Raises:
-        InputError: in no way that there is.
+        InputError: ``how`` says nothing that can be done.
     """
     if how == "none":
         return "none"
