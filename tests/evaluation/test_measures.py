@@ -212,8 +212,8 @@ def test_cloak_measures_agree_with_the_single_picture():
         metric.update(original, cloaked)
         assert len(metric.per_image) == 3
     for index, figures in enumerate(map(quality.cloak_quality, original, cloaked)):
-        for metric, figure in zip(metrics, figures.values(), strict=True):
-            assert metric.name == list(figures)[metrics.index(metric)]
+        for metric, (name, figure) in zip(metrics, figures.items(), strict=True):
+            assert metric.name == name
             wanted = math.nan if figure is None else figure
             assert metric.per_image[index].item() == pytest.approx(wanted, abs=1e-3, nan_ok=True)
     assert metrics[2].compute() == pytest.approx((4 + 9 + 0) / 3)

@@ -22,11 +22,13 @@ import launch.jobs
 import launch.tasks
 import launch.verdict.cell
 import launch.verdict.command
+import launch.verdict.estimate
 import lightning_modules.victim
 from antidreambooth.attack.perturbation import random_noise
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.conditions import JPEG, Scene
 from cli import main
+from launch.cost import Measured
 from launch.jobs import Launcher, run_jobs, workers_of
 from launch.runs import contents
 from launch.verdict.cell import arriving, cell_settings, protected
@@ -693,12 +695,17 @@ def test_what_submitit_cannot_do_is_one_line(tmp_path, launcher, message):
         run([python("")], tmp_path, launcher)
 
 
-def test_the_estimate_grows_with_the_work(people, small_model):
+def test_the_estimate_grows_with_the_work(people, small_model, monkeypatch):
     experiment = experiment_of(people, backbone=str(small_model))
     threads = torch.get_num_threads()
     assert estimate(experiment, 1, 0, 0) == 0
-    assert estimate(experiment, 2, 4, 8) > 0
     assert torch.get_num_threads() == threads
+    monkeypatch.setattr(launch.verdict.estimate, "measure", lambda *_: Measured(1.0, 0, 0))  # seconds a pass
+    cloak, cell = estimate(experiment, 1, 1, 0), estimate(experiment, 1, 0, 1)
+    assert cloak > 50 * (6 * 4 + 2 * 3 * 2)  # rounds x (PGD steps x photos + a surrogate's steps x images)
+    assert cell > 1000 * 2  # a victim's steps x images
+    assert estimate(experiment, 1, 4, 8) == pytest.approx(4 * cloak + 8 * cell)
+    assert estimate(experiment, 3, 4, 8) == pytest.approx((4 * cloak + 8 * cell) / 3)
 
 
 # The real thing, through the command line, on a small model
