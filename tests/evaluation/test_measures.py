@@ -106,6 +106,7 @@ def test_a_collection_can_be_copied_and_moved():
     assert found.forward_images(dials((1, 1)))["accepted"].tolist() == [1]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
     images = dials((0, 0), (1, 1), (4, 0), (2, 1), (3, 9), side=32)
     images[:, 2] = random_images(5, 32)[:, 2] * images[:, :1, :1, 0].bool().any(-1, keepdim=True)
