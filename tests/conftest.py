@@ -170,15 +170,18 @@ def any_backbone(request, small_model, small_v_model) -> Backbone:
     return load_backbone(str(small_model if request.param == "epsilon" else small_v_model))
 
 
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    """Three photos of nobody."""
-    folder = tmp_path / "photos"
+def three_photos(folder: Path) -> Path:
+    """A new folder of three photos of nobody."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.jpg", "c.webp"):
         Image.fromarray(rng.integers(0, 256, (24, 20, 3), np.uint8)).save(folder / name)
     return folder
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    return three_photos(tmp_path / "photos")
 
 
 @pytest.fixture

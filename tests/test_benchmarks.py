@@ -44,7 +44,13 @@ def test_the_counter_knows_what_is_held_and_what_is_let_go():
         assert counter.held() == 4000
 
 
-@pytest.mark.parametrize("mode", [Mode("", bf16=False), Mode("", checkpointing=True)], ids=["fp32", "checkpointing"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(Mode("", bf16=False), id="fp32"),
+        pytest.param(Mode("", checkpointing=True), id="checkpointing", marks=pytest.mark.slow),
+    ],
+)
 def test_the_count_agrees_with_the_allocator(mode):
     with fake():
         shapes = Round(TINY, mode, "cpu")
@@ -109,6 +115,7 @@ def test_zero_shares_out_what_it_says():
     assert away.host == 20 * 1000
 
 
+@pytest.mark.slow
 def test_fsdp2_keeps_a_share_and_gathers_a_block():
     encode, single = (memory.count(TINY, Mode("", ranks=ranks)) for ranks in (8, 1))
     assert set(encode) == set(PHASES)
@@ -149,6 +156,7 @@ def test_a_read_of_a_result_is_found_and_the_engine_has_none():
     assert not waits(lambda: side.round(task.photos, Turn(0)), "cpu")
 
 
+@pytest.mark.slow
 def test_the_speed_script_runs_anywhere(tmp_path, capsys):
     gpu_speed.main(
         ["--tiny", "--rounds=1", "--warm-up=0", "--variants=plain,channels-last", "--profile", f"--output={tmp_path}"]

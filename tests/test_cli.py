@@ -34,9 +34,11 @@ from tests.conftest import ROOT, SURROGATE
 from tests.helpers import files, manifest, pixels, refused, start, wait_for
 
 OTHERS = {"dreambooth", "dreambooth-lora", "textual-inversion", "pretraining", "people"}  # have tests of their own
+QUICK = ("aspl", "fsmg")
 CONFIGS = sorted({path.stem for path in (ROOT / "configs").glob("*.yaml")} - OTHERS)
 OWN = {"perturbation", "memory", "passes"}  # of a checkpoint
 TRAINING = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))  # as `command` says by flags
+EACH = [pytest.param(config, marks=[] if config in QUICK else pytest.mark.slow) for config in CONFIGS]
 
 
 def test_every_method_has_its_config():
@@ -60,7 +62,7 @@ def test_every_config_parses(config, capsys):
     assert objective["class_path"].endswith(type(method.objective()).__name__)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", EACH)
 def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
     main(command(config=config, rounds=25))
     out = tmp_path / "out"
@@ -90,7 +92,7 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", EACH)
 def test_a_notebook_gets_the_same_pixels(
     command, config, bf16, small_model, small_v_model, photos, tmp_path, monkeypatch
 ):
@@ -238,7 +240,7 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(command, tmp_path):
     assert not any(state["state"] for state in checkpoint["optimizer_states"])
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", EACH)
 def test_going_on_equals_not_stopping(command, config, tmp_path, noted):
     main(command(config=config, rounds=3, out="whole"))
     main(command(config=config, rounds=1, out="parts"))
@@ -248,6 +250,7 @@ def test_going_on_equals_not_stopping(command, config, tmp_path, noted):
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_bf16_goes_on_bit_for_bit_too(command, tmp_path, noted):
     mixed = "--trainer.precision=bf16-mixed"
     main(command(mixed, rounds=3, out="whole"))
@@ -282,6 +285,7 @@ def test_any_other_setting_is_named(command, tmp_path, flag, named):
         main(command("--ckpt_path=last", flag))
 
 
+@pytest.mark.slow
 def test_killed_in_a_round_then_gone_on_is_bit_identical(command, tmp_path, noted):
     killed = start(command(rounds=40, out="killed"))
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
@@ -297,6 +301,7 @@ def test_killed_in_a_round_then_gone_on_is_bit_identical(command, tmp_path, note
     assert files(tmp_path / "whole") == files(tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["aspl", "e-aspl", "advdm"])
 def test_two_ranks_hold_the_same_perturbation_and_weights(command, tmp_path, name):
     strategy = "ddp_find_unused_parameters_true" if name == "e-aspl" else "ddp"
@@ -312,6 +317,7 @@ def test_two_ranks_hold_the_same_perturbation_and_weights(command, tmp_path, nam
     assert cloaked[0] != cloaked[1]  # the second rank's gradient counts
 
 
+@pytest.mark.slow
 def test_ranks_send_gradients_and_losses_and_nothing_else(command, small_model, photos, tmp_path):
     """With Lightning's own bar, too, which is there where a config names no other, on the first rank alone."""
     hashes = "{class_path: tests.lightning_modules.rank_hashes.RankHashes}"
@@ -331,6 +337,7 @@ def test_ranks_send_gradients_and_losses_and_nothing_else(command, small_model, 
     assert "barrier" not in seen
 
 
+@pytest.mark.slow
 def test_an_ensemble_under_plain_ddp_is_refused(command):
     arguments = command("--trainer.devices=2", "--trainer.strategy=ddp", config="e-aspl")
     process = start(arguments)
@@ -407,6 +414,7 @@ def test_a_surrogates_own_flags_stay_its_own(command, tmp_path):
     assert files(tmp_path / "out") == first
 
 
+@pytest.mark.slow
 def test_another_precision_or_resolution_wants_another_surrogate(command, tmp_path):
     main(command(config="fsmg", rounds=1))
     for flag in ("--trainer.precision=bf16-mixed", "--model.resolution=32"):
@@ -414,6 +422,7 @@ def test_another_precision_or_resolution_wants_another_surrogate(command, tmp_pa
             main(command(flag, config="fsmg", rounds=1))
 
 
+@pytest.mark.slow
 def test_offloading_is_for_one_process(command):
     ranks = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
     arguments = command(*ranks, "--model.ensemble.offload=true", config="e-aspl")
@@ -443,6 +452,7 @@ def test_a_surrogate_is_not_trained_by_several_processes(command, monkeypatch):
     refused(command(config="fsmg"), "run this command with one process first")
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_what_there_is(command, tmp_path):
     process = start(command(rounds=10_000))
     wait_for((tmp_path / "out" / "checkpoints" / "last.ckpt").exists, process)

@@ -1,5 +1,6 @@
 """The embedded model on the example photos: what it is embedded for."""
 
+import pytest
 import torch
 from PIL import Image
 
@@ -32,6 +33,7 @@ def denoising_loss(backbone, pixels, draws=48):
     return float(total / draws)
 
 
+@pytest.mark.slow
 def test_a_cloak_is_not_noise():
     """A few rounds of ASPL raise the untouched model's loss more than random noise of the same budget does."""
     budget = 8.0

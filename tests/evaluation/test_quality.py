@@ -25,7 +25,7 @@ def by_definition(one, other):
 
 
 def test_figures_of_a_known_change():
-    original = random_images(1, 32)[0].clamp(10, 240)
+    original = random_images(1, 32)[0] // 16 + 100  # of so little contrast that SSIM's constants count
     cloaked = original.clone()
     cloaked[:, ::2] += 4
     cloaked[0, 0, 0] -= 11

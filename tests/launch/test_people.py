@@ -293,6 +293,7 @@ def test_a_worker_reads_the_base_model_once_and_that_changes_nothing(ask, done, 
     assert results(tmp_path / "out") == results(done.out)
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_same_as_one(ask, done, tmp_path):
     assert ask("--launcher.workers=2") == ["worker", *READ, "worker", *READ]
     assert results(tmp_path / "out") == results(done.out)
@@ -303,6 +304,7 @@ def test_there_are_no_more_workers_than_people(ask, out, folder):
     assert ask("--launcher.workers=5") == ["worker", *READ]
 
 
+@pytest.mark.slow
 def test_everybody_has_a_surrogate_of_their_own(ask, tmp_path, monkeypatch):
     """FSMG's: trained on a copy of the base model, and not kept, neither in memory nor on disk."""
     victim = f"configs/dreambooth.yaml {CPU} --model.training.steps 1 --model.training.prior.weight 0"

@@ -833,6 +833,7 @@ CELLS = {"ann-base-0-s0-nothing-untrained-v0"} | {
 }
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_reported_and_the_same_command_goes_on(finished):
     assert re.match(
         r"error: a job ended early \(exit code -9\): see .*/e/jobs/.*\.err, and run the same", finished.killed
@@ -855,6 +856,7 @@ def test_a_killed_worker_is_reported_and_the_same_command_goes_on(finished):
     assert f"the page: {Path('results') / 'e' / 'index.html'}" in second
 
 
+@pytest.mark.slow
 def test_a_verdict_leaves_tables_a_page_and_shared_cloaks(finished):
     page = (finished.root / "index.html").read_text()
     links = re.findall(r'(?:src|href)="(cells/[^"]+)"', page)
@@ -901,6 +903,7 @@ def copy(finished, tmp_path, monkeypatch, small_model):
     return SimpleNamespace(root=tmp_path / "e", again=again)
 
 
+@pytest.mark.slow
 def test_one_deleted_cell_is_run_again_to_the_byte(copy, capsys):
     before = stamps(copy.root)
     name = "ann-aspl-8-s0-jpeg-full-v0"
@@ -917,17 +920,20 @@ def test_one_deleted_cell_is_run_again_to_the_byte(copy, capsys):
     assert len(figures_of) > 1  # victims differ
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_do(copy):
     before = stamps(copy.root)
     copy.again()
     assert stamps(copy.root) == before
 
 
+@pytest.mark.slow
 def test_other_settings_are_one_line(copy):
     with pytest.raises(SystemExit, match=r"^error: .* was made with other settings \(generation.seed: 0 then, 1 now\)"):
         copy.again("--generation.seed=1")
 
 
+@pytest.mark.slow
 def test_a_victim_with_nonsense_fails_alone(copy, capsys):
     bad = VICTIM.replace("steps 2", "steps nonsense")
     victims = f"--victims={json.dumps({'full': VICTIM, 'bad': bad})}"
@@ -943,6 +949,7 @@ def test_a_victim_with_nonsense_fails_alone(copy, capsys):
     assert name in (copy.root / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_cell_settings_are_a_file_format(finished, small_model, monkeypatch):
     """A finished cell is recognised by these: another key would make long runs start anew."""
     monkeypatch.chdir(finished.place)

@@ -32,6 +32,7 @@ def left(process):
     assert "go on with --ckpt_path last" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS[:2], ids=lambda number: number.name)
 def test_a_run_that_was_told_to_go_goes_on_bit_for_bit(command, tmp_path, number, noted):
     """The signal comes in the middle of a round, while the weights are borrowed."""
@@ -47,6 +48,7 @@ def test_a_run_that_was_told_to_go_goes_on_bit_for_bit(command, tmp_path, number
     assert files(tmp_path / "told") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_any_rank_may_be_told(command, tmp_path):
     ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--checkpoint.every_n_epochs=1000"]
     process = start(command(*ranks, rounds=10_000))
@@ -57,6 +59,7 @@ def test_any_rank_may_be_told(command, tmp_path):
     assert (tmp_path / "out" / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_a_victim_ends_with_its_step(small_model, photos, tmp_path):
     words = [
         "fit",

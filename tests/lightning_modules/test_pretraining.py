@@ -61,6 +61,7 @@ def test_a_sibling_is_a_backbone_with_the_same_autoencoder(fit, small_model, tmp
     assert pipeline("a photo of a man", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_twice_gives_the_same_another_seed_another(fit, tmp_path):
     for out, more in (("one", []), ("two", []), ("three", ["--seed_everything=1"])):
         main(fit(*more, out=out))

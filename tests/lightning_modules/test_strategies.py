@@ -28,6 +28,8 @@ from lightning_modules import ASPL
 from tests.conftest import ROOT
 from tests.lightning_modules.ranks import RANKS, ROUNDS, SEED, STRATEGIES, SURROGATE, VICTIM
 
+pytestmark = pytest.mark.slow
+
 NAMES = list(STRATEGIES)
 # Where no rank has all weights, hooks around the modules change the order in which autograd adds up the gradients of
 # what is used several times: equal but for rounding, which AdamW's and PGD's signs then enlarge.

@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,35 +20,55 @@ from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.photos.decoding import to_float
 from cli import main
 from lightning_modules.victim import Victim
-from tests.conftest import ROOT, contents, random_images
+from tests.conftest import ROOT, contents, random_images, three_photos
 from tests.helpers import manifest, pixels, refused, start, wait_for
 
 FOLDERS = {"dreambooth": "model", "dreambooth-lora": "lora", "textual-inversion": "textual_inversion"}
 FULL, LORA, INVERSION = FOLDERS
+EACH = [pytest.param(config, marks=[] if config == FULL else pytest.mark.slow) for config in FOLDERS]
 FAKE = "--model.faces=tests.lightning_modules.fake_faces.FakeFaces"
+
+
+def arguments(model, photos, out, *more, config=FULL, steps=3):
+    """Of a few fast steps; more can be added."""
+    return [
+        "fit",
+        f"--config={ROOT / 'configs' / config}.yaml",
+        f"--data.photos={photos}",
+        f"--model.backbone={model}",
+        f"--model.training.steps={steps}",
+        "--model.training.learning_rate=1e-2",
+        "--model.training.prior.images=4",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        f"--trainer.default_root_dir={out}",
+        "--checkpoint.every_n_train_steps=2",
+        *more,
+    ]
 
 
 @pytest.fixture
 def fit(small_model, photos, tmp_path):
-    """Arguments of a few fast steps; more can be added."""
+    """Builds the arguments of a fit on the photos."""
 
-    def build(*more, config=FULL, steps=3, out="out"):
-        return [
-            "fit",
-            f"--config={ROOT / 'configs' / config}.yaml",
-            f"--data.photos={photos}",
-            f"--model.backbone={small_model}",
-            f"--model.training.steps={steps}",
-            "--model.training.learning_rate=1e-2",
-            "--model.training.prior.images=4",
-            "--trainer.accelerator=cpu",
-            "--trainer.precision=32-true",
-            f"--trainer.default_root_dir={tmp_path / out}",
-            "--checkpoint.every_n_train_steps=2",
-            *more,
-        ]
+    def build(*more, out="out", **settings):
+        return arguments(small_model, photos, tmp_path / out, *more, **settings)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def usual(small_model, tmp_path_factory) -> Path:
+    """The folder of a finished fit without any more arguments, to compare with."""
+    place = tmp_path_factory.mktemp("usual")
+    main(arguments(small_model, three_photos(place / "photos"), place / "out"))
+    return place / "out"
+
+
+@pytest.fixture
+def fitted(usual, tmp_path) -> Path:
+    """A copy of that where a test measures it."""
+    return Path(shutil.copytree(usual, tmp_path / "out"))
 
 
 @pytest.fixture
@@ -99,7 +120,7 @@ def test_every_config_parses(config, capsys):
     assert printed["checkpoint"]["every_n_epochs"] is None
 
 
-@pytest.mark.parametrize("config", FOLDERS)
+@pytest.mark.parametrize("config", EACH)
 def test_every_config_trains(fit, tmp_path, small_model, config, capsys):
     main(fit("--model.training.prior.weight=0", config=config, steps=60))  # as often as a grid is due
     out = tmp_path / "out"
@@ -122,13 +143,14 @@ def test_every_config_trains(fit, tmp_path, small_model, config, capsys):
     assert "60/60" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(fit, tmp_path):
     main(fit("--model.training.prior.weight=0", steps=60))
     losses = scalars(tmp_path / "out", "victim/loss")
     assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20])
 
 
-@pytest.mark.parametrize("config", FOLDERS)
+@pytest.mark.parametrize("config", EACH)
 def test_twice_gives_the_same_files_and_another_seed_does_not(fit, tmp_path, config):
     main(fit(config=config, out="one"))
     main(fit(config=config, out="two"))
@@ -138,7 +160,7 @@ def test_twice_gives_the_same_files_and_another_seed_does_not(fit, tmp_path, con
     assert (tmp_path / "one" / "manifest.json").read_bytes() == (tmp_path / "two" / "manifest.json").read_bytes()
 
 
-@pytest.mark.parametrize("config", FOLDERS)
+@pytest.mark.parametrize("config", EACH)
 def test_what_is_published_is_what_was_trained(fit, small_model, tmp_path, config):
     """Weights that should change have changed, and no others."""
     main(fit(config=config))
@@ -176,7 +198,7 @@ def interrupted(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("step", [3, 4, 5])
+@pytest.mark.parametrize("step", [3, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", FOLDERS)
 def test_going_on_equals_not_stopping(fit, tmp_path, interrupted, config, step):
     settings = ["--model.optimization.schedule=cosine", "--model.augmentation.flip=true"]
@@ -203,6 +225,7 @@ def test_going_on_after_the_end_changes_nothing(fit, tmp_path, noted):
     assert weights(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_killed_then_gone_on_is_bit_identical(fit, tmp_path, noted):
     killed = start(fit(steps=200, out="killed"))
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
@@ -253,6 +276,7 @@ def test_other_photos_than_the_checkpoints_are_named(fit, photos):
     refused(fit("--ckpt_path=last", steps=2), "photos.a.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [FULL, LORA])
 def test_two_ranks_hold_the_same_weights(fit, tmp_path, config):
     ranks = [
@@ -288,10 +312,15 @@ def test_two_ranks_hold_the_same_weights(fit, tmp_path, config):
         "--trainer.gradient_clip_val=1e-4",
     ],
 )
-def test_every_flag_counts(fit, tmp_path, flag):
-    main(fit())
+def test_every_flag_counts(fit, usual, tmp_path, flag):
     main(fit(flag, out="other"))
-    assert result(tmp_path / "out") != result(tmp_path / "other")
+    assert result(usual) != result(tmp_path / "other")
+
+
+def test_the_usual_fit_is_that_of_the_other_tests(fit, usual, tmp_path):
+    """What differs from it differs by its flag, not by its photos or its place."""
+    main(fit())
+    assert result(tmp_path / "out") == result(usual)
 
 
 def test_gradient_checkpointing_changes_nothing(fit, tmp_path, monkeypatch):
@@ -392,8 +421,7 @@ def test_every_config_is_measured(fit, test, tmp_path, config):
     assert outcome(out) == before
 
 
-def test_measures_are_those_of_the_pictures_on_the_disk(fit, test, photos, tmp_path):
-    main(fit())
+def test_measures_are_those_of_the_pictures_on_the_disk(fitted, test, photos, tmp_path):
     main(test())
 
     def colours(picture):
@@ -410,8 +438,7 @@ def test_measures_are_those_of_the_pictures_on_the_disk(fit, test, photos, tmp_p
         assert row["face"] == "1.0"
 
 
-def test_pictures_do_not_depend_on_the_batch(fit, test, tmp_path, monkeypatch):
-    main(fit())
+def test_pictures_do_not_depend_on_the_batch(fitted, test, tmp_path, monkeypatch):
     found, sizes, drawn = {}, [], lightning_modules.victim.sample
 
     def sizing(backbone, prompt, noise, *how):
@@ -426,15 +453,13 @@ def test_pictures_do_not_depend_on_the_batch(fit, test, tmp_path, monkeypatch):
     assert np.abs(np.array(found[1]) - np.array(found[3])).max() <= 1
 
 
-def test_pictures_of_an_earlier_test_are_gone(fit, test, tmp_path):
-    main(fit())
+def test_pictures_of_an_earlier_test_are_gone(fitted, test, tmp_path):
     main(test())
     main(test("--model.generation.images=1"))
     assert len(list((tmp_path / "out" / "images").iterdir())) == 2
 
 
-def test_a_trained_model_draws_other_pictures_than_the_base_model(fit, test, tmp_path):
-    main(fit())
+def test_a_trained_model_draws_other_pictures_than_the_base_model(fitted, test, tmp_path):
     main(test())
     main(test("--model.adaptation=Untrained", out="untrained"))
     assert not (tmp_path / "untrained" / "manifest.json").exists()
@@ -507,11 +532,10 @@ def test_a_full_disk_is_found_first(fit, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "model").exists()
 
 
-def test_a_single_photo_can_be_trained_on(fit, photos, tmp_path):
-    main(fit())
+def test_a_single_photo_can_be_trained_on(fit, usual, photos, tmp_path):
     main(fit(f"--data.photos={photos / 'a.png'}", out="one"))
     assert list(manifest(tmp_path / "one")["photos"]) == ["a.png"]
-    assert result(tmp_path / "one") != result(tmp_path / "out")
+    assert result(tmp_path / "one") != result(usual)
 
 
 def test_flags_explain_themselves(capsys):
