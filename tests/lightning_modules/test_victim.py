@@ -105,9 +105,10 @@ def scalars(folder, name):
 def refused(arguments, message):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
-    assert str(stopped.value).startswith("error: ")
-    assert "\n" not in str(stopped.value)
-    assert message in str(stopped.value)
+    line, hint = str(stopped.value).split("\n")
+    assert hint == "(ANTIDREAMBOOTH_DEBUG=1 shows where)"
+    assert line.startswith("error: ")
+    assert message in line
 
 
 @pytest.mark.parametrize("config", FOLDERS)
