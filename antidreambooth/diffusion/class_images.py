@@ -67,7 +67,7 @@ def class_images(
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / key
     files = [folder / f"{index:04d}.png" for index in range(count)]
-    with writing(folder):
+    with writing(folder, "make room and make it writable, or name another cache folder with XDG_CACHE_HOME"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_suffix(".lock")).acquire()
     with lock:

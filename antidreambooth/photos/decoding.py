@@ -142,7 +142,7 @@ def _decoding(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:  # raised on opening, before pixels are decoded
         size = str(error).partition(",")[0]
         raise InputError(f"{name} is too large to be decoded safely: {size}; scale it down") from error
-    # What some 200,000 files, truncated or with bytes changed, made Pillow raise, and libheif (RuntimeError).
+    # What some 600,000 files, truncated or with bytes changed, made Pillow raise, and libheif (RuntimeError).
     except (OSError, EOFError, SyntaxError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} cannot be decoded: it is truncated or no image; remove it or save it anew") from error
 

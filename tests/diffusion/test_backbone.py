@@ -118,6 +118,7 @@ def test_a_name_that_is_nothing(name):
         load_backbone(name)
 
 
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # diffusers gives it to the hub's client
 def test_an_unreachable_hub_says_what_to_download():
     with pytest.raises(InputError, match=r"hf download owner/model .*--model.backbone FOLDER"):
         resolution_of("owner/model")
