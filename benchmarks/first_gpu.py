@@ -2,10 +2,10 @@
 
     python benchmarks/first_gpu.py                         # under eight minutes on a large card; needs no network
     python benchmarks/first_gpu.py --parts memory,speed    # some of it
-    python benchmarks/first_gpu.py --tiny                  # the script itself, on any machine
+    python benchmarks/first_gpu.py --tiny                  # the script itself, on any machine; compiles nothing
 
 Each part is a process of its own with a time limit: one that fails or hangs costs the others nothing. What it prints
-goes to ``WORK/logs/PART.log``, tables to ``OUTPUT/*.md``. The last line says what disagrees with what this project claims.
+goes to ``WORK/logs/PART.log``, tables to ``OUTPUT``. The last line says what disagrees with what this project claims.
 """
 
 from __future__ import annotations

@@ -216,8 +216,18 @@ def report_waits(args: argparse.Namespace, name: str, result: Result) -> str:
     return write(args.output, f"waits-{name}", f"Where the host waits in a round of {name}", ["place", "times"], rows)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Result]:
-    """Counts, or tries the variants out, and writes tables; returns what was found out about each variant."""
+def main(
+    arguments: list[str] | None = None, seen: Callable[[str, Result], object] = lambda name, result: None
+) -> dict[str, Result]:
+    """Counts, or tries the variants out, and writes tables.
+
+    Args:
+        arguments: the command line.
+        seen: is told what was found out about each variant, at once.
+
+    Returns:
+        What was found out about each variant.
+    """
     args = parse(arguments)
     rounds = counted(args)
     print(report_operations(args, rounds))
@@ -225,6 +235,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Result]:
     for name in [] if args.count else tqdm(args.variants, desc="variants"):
         results[name] = try_out(VARIANTS[name], name, args)
         print(report(args, results, rounds), flush=True)
+        seen(name, results[name])
         if results[name].waits:
             print(report_waits(args, name, results[name]), flush=True)
         gc.collect()
