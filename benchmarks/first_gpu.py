@@ -58,10 +58,11 @@ PARTS = {  # in this order; those that need not be alone run together, where the
     "methods": Part("methods", 150, alone=False),
     "verdict": Part("verdict", 150, alone=False),
     "distance": Part("distance", 120, alone=False),
-    "speed": Part("speed", 150, arguments=(VARIANTS, "speed", "bf16,plain-bf16", 3)),
+    "speed": Part("speed", 150, arguments=(VARIANTS, "speed", "", 3)),
     "memory": Part("memory_by_mode", 100),
     "real-size": Part("real_size", 140),
-    "compile": Part("speed", 170, arguments=("autotune,compile", "compile", "compile", 3)),
+    "profile": Part("speed", 60, arguments=("bf16,plain-bf16", "profile", "bf16,plain-bf16", 1)),
+    "compile": Part("speed", 170, arguments=("autotune,compile", "compile", "", 3)),
 }
 
 
@@ -102,15 +103,16 @@ class Runner:
     def run(self, name: str, limit: float, together: bool) -> Outcome:
         """One part, killed after ``limit`` seconds or when all of the time is used up."""
         started = time.monotonic()
-        limit = min(limit, self.args.limit - (started - self.begun))
-        if limit < 5:
+        left = self.args.limit - (started - self.begun)
+        limit = min(limit, left)
+        if left < 5:
             return self._ended(name, f"not started: the {self.args.limit:.0f} s of --limit are used up", 0.0)
         result, log = self.args.work / f"{name}.json", self.logs / f"{name}.log"
         result.unlink(missing_ok=True)
         variables = dict(os.environ, XDG_CACHE_HOME=str(self.args.work / "cache"), PYTHONUNBUFFERED="1")
         if together:
             variables["OMP_NUM_THREADS"] = "2"  # they share the cores
-        process = subprocess.Popen(
+        with subprocess.Popen(
             self.command(name),
             cwd=ROOT,
             env=variables,
@@ -118,18 +120,16 @@ class Runner:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
-        )
-        clock = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
-        clock.start()
-        try:
+            start_new_session=True,  # so that what it starts is killed with it
+        ) as process:
+            clock = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
+            clock.start()
             with log.open("w", encoding="utf-8") as file:
                 for line in process.stdout or ():
                     file.write(line)
                     if line.startswith(MARK):
                         self.show(name, line.removeprefix(MARK).rstrip())
             code = process.wait()
-        finally:
             clock.cancel()
         seconds = time.monotonic() - started
         if result.is_file() and not code:

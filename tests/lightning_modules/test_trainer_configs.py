@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from tests.test_cli import _no_arguments_of_pytests, command, pytestmark  # noqa: F401
 
 LAYERS = sorted((ROOT / "configs" / "trainer").glob("*.yaml"))
-NAMES = {"ddp", "deepspeed-2", "deepspeed-3", "fsdp", "multi-node", "slurm", "low-memory", "h100"}
+NAMES = {"ddp", "deepspeed-2", "deepspeed-3", "fsdp", "multi-node", "slurm", "low-memory", "h100", "deterministic"}
 
 
 def test_all_are_there():
