@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.loading import load_backbone, read_defaults
+from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.sampling import Generation, noise_of, sample
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.faces import Dlib, FaceModel, reference
@@ -157,7 +158,9 @@ class Victim(BackboneModule):
 
     def test_step(self, batch: list[tuple[str, Tensor]], batch_idx: int) -> None:
         """Generates this rank's share of the pictures and measures them against the reference photos."""
-        known, asked = reference(self.faces, [(name, self._as_drawn(photo)) for name, photo in batch]), self.generation
+        with full_precision(self.device):
+            known = reference(self.faces, [(name, self._as_drawn(photo)) for name, photo in batch])
+        asked = self.generation
         measures = face_measures(self.faces, known, stability=self.hparams.stability).to(self.device)
         self._warn_of_strangers()
         mine = list(range(self.global_rank, asked.images, self.trainer.world_size))

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.families.stable_diffusion import FAMILY, NETWORKS, OTHERS, PARTS, StableDiffusion
+from antidreambooth.diffusion.precision import made_on_cpu
 from antidreambooth.errors import InputError, causes, first_line
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
@@ -55,7 +56,7 @@ def locate(name: str) -> str | Path:
 
 
 def load_backbone(name: str, revision: str | None = None, variant: str | None = None) -> Backbone:
-    """Loads a base model's components in fp32, from safetensors only.
+    """Loads a base model's components in fp32 onto the CPU, from safetensors only.
 
     Args:
         name: ``embedded``, a folder in diffusers layout, or a hub id (downloaded once, then cached).
@@ -74,9 +75,10 @@ def load_backbone(name: str, revision: str | None = None, variant: str | None = 
             return component.from_pretrained(source, subfolder=part, **kwargs)
 
     dtypes = {part: "dtype" if part == "text_encoder" else "torch_dtype" for part in NETWORKS}
-    parts = {part: load(kind, part, **{dtypes[part]: torch.float32}, **weights) for part, kind in NETWORKS.items()}
-    parts |= {part: load(kind, part, **where) for part, kind in OTHERS.items()}
-    backbone = StableDiffusion(**parts, defaults=read_defaults(name))
+    with made_on_cpu():
+        parts = {part: load(kind, part, **{dtypes[part]: torch.float32}, **weights) for part, kind in NETWORKS.items()}
+        parts |= {part: load(kind, part, **where) for part, kind in OTHERS.items()}
+        backbone = StableDiffusion(**parts, defaults=read_defaults(name))
     backbone.check(name)
     for parameter in backbone.parameters():
         # Out of the memory-mapped file: its tensors lie at any byte, and matrix products round by alignment.

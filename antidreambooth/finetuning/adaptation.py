@@ -13,6 +13,7 @@ import torch
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults, Role, given
+from antidreambooth.diffusion.precision import made_on_cpu
 from antidreambooth.errors import InputError, first_line
 from antidreambooth.finetuning.dreambooth import DreamBooth
 
@@ -45,7 +46,7 @@ class Adaptation(ABC):
 
     def apply(self, backbone: Backbone, training: DreamBooth, seed: int) -> None:
         """Makes an untouched backbone ready to learn, on the device where it is."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), made_on_cpu():
             torch.manual_seed(seed)  # a LoRA starts from random numbers
             self.prepare(backbone, bool(training.train_text_encoder))
         backbone.to(backbone.alphas_cumprod.device)
