@@ -23,7 +23,6 @@ from benchmarks.sharding import Zero
 from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, TINY, build, counts
 from benchmarks.variants import VARIANTS, make_side, make_task
 from tests.conftest import ROOT
-from tests.test_cli import _no_arguments_of_pytests, pytestmark  # noqa: F401
 
 TINY_RUN = argparse.Namespace(tiny=True, photos=3, micro_batch=2)
 

@@ -29,7 +29,7 @@ def hostile():
 def lora(name: str) -> list[torch.Tensor]:
     backbone = load_backbone(name)
     LoRA(rank=2).apply(backbone, DreamBooth().completed(backbone.defaults, "lora"), seed=3)
-    return backbone.learned()
+    return list(backbone.learned())
 
 
 def test_a_model_is_made_on_the_cpu_whatever_the_default_is(small_model, request):
@@ -47,7 +47,7 @@ def test_a_model_is_made_on_the_cpu_whatever_the_default_is(small_model, request
 
 
 def test_pictures_are_drawn_as_asked_and_decoded_in_fp32(backbone):
-    seen = []
+    seen: list[tuple[object, ...]] = []
     backbone.unet.register_forward_hook(lambda *_: seen.append(("unet", torch.is_autocast_enabled("cpu"))))
     backbone.vae.decoder.register_forward_hook(
         lambda *found: seen.append(("decoder", torch.is_autocast_enabled("cpu"), found[2].dtype))
