@@ -14,6 +14,7 @@ from antidreambooth.finetuning.adaptation import Adaptation
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.finetuning.full import Full
 from lightning_modules.cloaking import Cloaking
+from lightning_modules.running.strategies import DDP
 
 
 class ASPL(Cloaking):
@@ -50,7 +51,7 @@ class ASPL(Cloaking):
         """Refuses what would fail in the middle of a round."""
         super().setup(stage)
         strategy = self.trainer.strategy
-        patient = type(strategy) is DDPStrategy and strategy._ddp_kwargs.get("find_unused_parameters")
+        patient = type(strategy) in (DDPStrategy, DDP) and strategy._ddp_kwargs.get("find_unused_parameters")
         if len(self.sources) > 1 and not (patient or isinstance(strategy, SingleDeviceStrategy)):
             raise InputError(
                 "only one base model of an ensemble learns at a time: use "
