@@ -119,3 +119,9 @@ def replicates(strategy: Strategy) -> bool:
     """Whether each process has the whole of everything: one device, or DDP, of which DeepSpeed's is a subclass."""
     ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
     return ddp or isinstance(strategy, SingleDeviceStrategy)
+
+
+def tolerates_unused(strategy: Strategy) -> bool:
+    """Whether a step may leave some of the weights without a gradient: DDP that looks for unused parameters."""
+    plain = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    return plain and bool(strategy._ddp_kwargs.get("find_unused_parameters"))

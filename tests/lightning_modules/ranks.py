@@ -7,6 +7,7 @@ Run by test_strategies.py, with torchrun's variables set, as
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,7 +15,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from safetensors.torch import save_file
 
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
@@ -42,7 +43,7 @@ class DeepSpeedCPU(DeepSpeed):
         super(DeepSpeedStrategy, self).setup_environment()
 
 
-STRATEGIES = {
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "ddp": DDP,
     "zero-1": lambda: DeepSpeedCPU(stage=1),
     "zero-2": lambda: DeepSpeedCPU(stage=2),
