@@ -123,5 +123,6 @@ def replicates(strategy: Strategy) -> bool:
 
 def tolerates_unused(strategy: Strategy) -> bool:
     """Whether a step may leave some of the weights without a gradient: DDP that looks for unused parameters."""
-    plain = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-    return plain and bool(strategy._ddp_kwargs.get("find_unused_parameters"))
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, DDPStrategy):
+        return False
+    return bool(strategy._ddp_kwargs.get("find_unused_parameters"))

@@ -301,8 +301,8 @@ def test_layers_of_the_text_encoder_that_are_not_there_are_named(backbone):
         LoRA(text_targets=["nothing"]).prepare(backbone, True)
 
 
-@pytest.mark.skipif(PEFT_IS_NEW_ENOUGH, reason="peft is new enough")
-def test_a_peft_that_is_too_old_for_transformers_is_named(backbone):
+def test_a_peft_that_is_too_old_for_transformers_is_named(backbone, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
     with pytest.raises(InputError, match=r"CLIPTextModel takes no LoRA.*PEFT"):
         LoRA().prepare(backbone, True)
 
