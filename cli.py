@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import logging
+import os
+import re
 import sys
+import traceback
 import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,18 +24,20 @@ import callbacks  # noqa: F401 (class names on the command line resolve to what 
 import datamodules  # noqa: F401
 from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.diffusion.precision import computes_in_bf16
-from antidreambooth.errors import InputError
+from antidreambooth.errors import DEBUG, InputError, causes, first_line
 from launch.fsmg_surrogates import train_surrogates
+from launch.help import FIT, TEST, USAGE, WELCOME, Help
 from launch.people.command import people
 from launch.verdict.command import verdict
 from lightning_modules import FSMG
+from lightning_modules.backbone_module import BackboneModule
 from lightning_modules.running.strategies import SUPPORTED
 
 TRAINER = {
     "enable_model_summary": False,
     "log_every_n_steps": 1,
     "logger": {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "class_path": "lightning_modules.TensorBoardLog",
         "init_args": {"save_dir": ".", "name": "", "version": "tensorboard"},
     },
     "precision": "bf16-mixed" if computes_in_bf16() else "32-true",
@@ -40,12 +45,7 @@ TRAINER = {
     "use_distributed_sampler": False,  # every rank holds all photos
 }
 CHECKPOINT = {"filename": "last", "every_n_epochs": 10, "enable_version_counter": False}
-HELP = (
-    "Cloaks photos and trains on cloaked photos: `fit -c configs/aspl.yaml`, `fit -c configs/dreambooth.yaml`, then "
-    "`test` with the same config. Photos of many people: `people --help`. Many victims, compared: `verdict --help`."
-)
 COMMANDS = {"people": people, "verdict": verdict}  # which start runs; all others are one run
-NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 EXPECTED = (  # warnings about what is meant to be so
     ".*in eval mode at the start of training.*",
     ".*does not have many workers.*",
@@ -68,6 +68,11 @@ class CommandLine(LightningCLI):
         parser.link_arguments("model.resolution", "data.init_args.resolution", apply_on="instantiate")
         parser.link_arguments("model.steps", "data.init_args.steps", apply_on="instantiate")
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of Lightning's commands that mean something here: no module of ours validates or predicts."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "test")}
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also shows the terms of a model that has some, before anything else."""
         super().parse_arguments(parser, args)
@@ -80,10 +85,8 @@ class CommandLine(LightningCLI):
         """Says in one line what the trainer refuses, such as a GPU where there is none."""
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
-            if users_to_mend(error):
-                raise
-            reason = str(error).splitlines()[0].partition(". ")[0]
+        except (MisconfigurationException, ValueError) as error:  # Lightning's, for arguments of Trainer
+            reason = first_line(error).partition(". ")[0]
             names = f"; --trainer.strategy is {SUPPORTED}" if "strategy" in reason else ""
             raise InputError(f"the trainer refuses its settings (--trainer.*): {reason}{names}") from error
 
@@ -92,8 +95,34 @@ class CommandLine(LightningCLI):
         if isinstance(self.model, FSMG):
             train_surrogates(self.model, self.config.fit, main)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Says in one line what would help where the GPU's memory is full: the module knows what it does not use."""
+        try:
+            super()._run_subcommand(subcommand)
+        except torch.OutOfMemoryError as error:
+            savers = self.model.memory_savers() if isinstance(self.model, BackboneModule) else []
+            raise InputError(memory_is_full(error, savers)) from error
+
     def _parse_ckpt_path(self) -> None:
         """Does nothing: a checkpoint's settings are compared with the given ones, they never replace them."""
+
+
+class Parsed(Exception):  # noqa: N818 (nothing is wrong)
+    """Ends a command line as soon as it is parsed; carries the settings."""
+
+
+class OnlyParsed(CommandLine):
+    """A command line that is parsed and not run."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of Lightning's commands that mean something here: no module of ours validates or predicts."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "test")}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Ends here: LightningCLI's constructor would go on and run it."""
+        LightningCLI.parse_arguments(self, parser, args)
+        raise Parsed(self.config)
 
 
 def checkpoint_folder(root: str | None) -> str:
@@ -114,49 +143,95 @@ def no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def main(args: ArgsType = None) -> None:
-    """Runs a command; an error that is the user's to mend ends it with one line."""
+    """Runs a command; an error that is the user's to mend ends it with one line and how to see where it came from."""
     words = sys.argv[1:] if args is None else args
+    if "" not in sys.path:
+        sys.path.append("")  # the working directory, where a user's own classes are; Python itself adds cli.py's folder
+    if isinstance(words, list) and (not words or words[0] in ("-h", "--help")):
+        show(WELCOME)
+        return
     try:
-        if isinstance(words, list) and words and words[0] in COMMANDS:
-            COMMANDS[words[0]](words[1:], main)
+        if isinstance(words, list) and words[0] in COMMANDS:
+            COMMANDS[words[0]](words[1:], main, parsed)
         else:
+            if isinstance(words, list) and not words[0].startswith("-"):
+                require_command(words[0])
             one_run(args)
     except Exception as error:
         message = users_to_mend(error)
         if message is None:
             raise
+        if os.environ.get(DEBUG, "0") in ("", "0"):
+            sys.exit(f"error: {message}\n({DEBUG}=1 shows where)")
+        traceback.print_exception(error)
         sys.exit(f"error: {message}")
 
 
-def one_run(args: ArgsType) -> None:
+def require_command(name: str) -> None:
+    """The parser of Lightning's commands does not know of the others.
+
+    Raises:
+        InputError: there is no such command.
+    """
+    known = [*CommandLine.subcommands(), *COMMANDS]
+    if name not in known:
+        raise InputError(f"there is no command {name!r}: choose {', '.join(known)}; `python cli.py` explains them")
+
+
+def parsed(words: list[str]) -> Namespace:
+    """All settings of the run that a command line of Lightning's commands asks for; nothing is built or run.
+
+    Raises:
+        SystemExit: it is wrong; the parser has printed why.
+    """
+    try:
+        one_run(words, OnlyParsed)
+    except Parsed as ended:
+        (config,) = ended.args
+    settings: Namespace = config[config.subcommand]
+    return settings
+
+
+def one_run(args: ArgsType, command_line: type[CommandLine] = CommandLine) -> None:
     """Lightning's own commands: fit, test and so on."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     options: dict[str, Any] = {"subclass_mode_model": True, "subclass_mode_data": True, "seed_everything_default": 0}
     with warnings.catch_warnings():
         for message in EXPECTED:
             warnings.filterwarnings("ignore", message)
-        CommandLine(
+        command_line(
             LightningModule,
             LightningDataModule,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=TRAINER,
-            parser_kwargs={"description": HELP},
+            parser_kwargs={
+                "formatter_class": Help,
+                "fit": {"description": FIT, "usage": USAGE["fit"], "formatter_class": Help},
+                "test": {"description": TEST, "usage": USAGE["test"], "formatter_class": Help},
+            },
             args=args,
             **options,
         )
 
 
-def users_to_mend(error: BaseException | None) -> str | None:
-    """What to tell the user, where an error is theirs to mend; jsonargparse wraps the errors of constructors."""
-    while error is not None:
-        if isinstance(error, InputError):
-            return str(error)
-        if isinstance(error, OSError) and error.errno in NO_PLACE:
-            return f"{error.filename or 'a file'} cannot be written: {error.strerror}; older files are untouched"
-        error = error.__cause__ or error.__context__
+def users_to_mend(error: Exception) -> str | None:
+    """What to tell the user, where an error is theirs to mend; jsonargparse raises its own from a constructor's."""
+    for cause in causes(error):
+        if isinstance(cause, InputError):
+            return " ".join(str(cause).splitlines())
+        if isinstance(cause, torch.OutOfMemoryError):  # outside a run, such as in an estimate
+            return memory_is_full(cause, [])
     return None
+
+
+def memory_is_full(error: torch.OutOfMemoryError, savers: list[str]) -> str:
+    """What torch could not allocate on a GPU, and what would help."""
+    tried = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    what = f"torch tried to allocate {tried[1]}" if tried else first_line(error)
+    ways = ", ".join([*savers, "a smaller --model.resolution"])
+    return f"the GPU's memory is full ({what}): use {ways} or a GPU with more memory"
 
 
 if __name__ == "__main__":

@@ -2,33 +2,77 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from antidreambooth.errors import InputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def writing(path: Path, advice: str | None = None) -> Iterator[None]:
+    """Turns a refusal of the file system into one line, in a block that does nothing but write.
+
+    Args:
+        path: what is written, for the message.
+        advice: what the user can do; to make room or to choose another folder when not given.
+
+    Raises:
+        InputError: the disk is full, the folder is not writable, and the like.
+    """
+    try:
+        yield
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        usual = "make room" if refusal.errno in FULL else "make it writable, or choose another folder"
+        raise InputError(f"{path} cannot be written: {refusal.strerror}; {advice or usual}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that nobody ever sees half of it; its folder is created.
 
     Raises:
-        OSError: It cannot be written; a file that was there stays as it was.
+        InputError: It cannot be written; a file that was there stays as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, as a rename must not cross file systems; short, as `path` may use up the 255 bytes of a name.
-    temporary = path.parent / f".{secrets.token_hex(8)}"
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:  # Ctrl-C too
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, as a rename must not cross file systems; short, as `path` may use up a name's 255 bytes.
+        temporary = path.parent / f".{secrets.token_hex(8)}"
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:  # Ctrl-C too
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, record: Any) -> None:
     """Write plain values, indented. See ``write_atomically``."""
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _refusal(error: Exception) -> OSError | None:
+    """What the file system said, where an error is its own or a library's word for it."""
+    if isinstance(error, OSError):
+        return error if error.errno is not None else None  # others, such as a download's, are of another kind
+    if isinstance(error, SafetensorError):
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
+        return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+    # torch's zip writer fails once more as it closes a file that could not be written, and that error comes out.
+    of_torch = type(error) is RuntimeError and "inline_container" in str(error)
+    return error.__context__ if of_torch and isinstance(error.__context__, OSError) else None

@@ -30,17 +30,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
+from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.perturbation import PGD, STEP
 from antidreambooth.attack.rounds import Outcome, alternate
-from antidreambooth.attack.surrogates import Alternating
-from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.finetuning.dreambooth import DreamBooth
-from antidreambooth.finetuning.full import Full
-from antidreambooth.finetuning.weights import Weights
 from antidreambooth.photos.decoding import load_photos, to_float
 from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, build
 
@@ -92,7 +90,8 @@ class Plain:
         prime, clean_loss = self.learn(prime, self.task.photos, turn, generator)
         cloaked, objective = self.perturb(prime, cloaked, generator)
         self.theta, cloaked_loss = self.learn(self.theta, cloaked, turn, generator)
-        return Outcome(cloaked, clean_loss, objective, cloaked_loss)
+        unmeasured = torch.zeros_like(objective)
+        return Outcome(cloaked, clean_loss, objective, cloaked_loss, slope=unmeasured, weights=unmeasured)
 
     def learn(
         self, models: nn.ModuleList, images: Tensor, turn: Turn, generator: torch.Generator
@@ -166,15 +165,15 @@ class Ours:
         if best and args.compile:
             backbone.unet.compile()
             backbone.vae.encoder.compile()
-        Full().apply(backbone, settings, seed=0)
-        parameters = backbone.learned()
-        rate = given(settings.learning_rate, 0.0)
-        optimizer = AdamW(parameters, lr=rate, weight_decay=settings.weight_decay, fused=True)
+        assembly = Assembly(METHODS["aspl"], Settings(training=settings, micro_batch=args.micro_batch))
         with self.autocast():  # once a run
-            clean = backbone.encode_all(task.photos, args.micro_batch)
-            classes = None if task.classes is None else backbone.encode_all(task.classes, args.micro_batch)
-        weights = Weights(parameters, optimizer)
-        self.surrogate = Alternating(backbone, settings, weights, clean, classes, args.micro_batch)
+            assembly.adopt([backbone], lambda *_: self.classes(), seed=0)
+            self.surrogates = assembly.surrogates(task.photos, task.photos, plain_weights)
+
+    def classes(self) -> Posterior:
+        """Latents of the class images."""
+        assert self.task.classes is not None
+        return self.task.backbone.encode_all(self.task.classes, self.task.attack.micro_batch)
 
     def autocast(self) -> torch.autocast:
         """Low precision with fp32 weights, as the trainer's bf16-mixed does it."""
@@ -183,7 +182,7 @@ class Ours:
     def round(self, cloaked: Tensor, turn: Turn) -> Outcome:
         """One alternation."""
         with self.autocast():
-            return alternate([self.surrogate], self.task.photos, cloaked, self.task.attack, turn)
+            return alternate(self.surrogates, self.task.photos, cloaked, self.task.attack, turn)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -198,7 +197,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for number in range(1 + args.rounds):
         start = time.perf_counter()
         outcome = side.round(cloaked, Turn(number))
-        cloaked, losses = outcome.cloaked, [value.item() for value in outcome[1:]]  # item() waits for the device
+        cloaked, losses = outcome.cloaked, [value.item() for value in outcome.losses]  # item() waits for the device
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if cuda else peak_resident()
     return {"seconds": median(seconds[1:]), "first": seconds[0], "peak": peak, "above": peak - loaded, "losses": losses}

@@ -1,11 +1,12 @@
 """Speed of a round of ASPL on a GPU: what each means brings, against the published loop in the same process.
 
     python benchmarks/gpu_speed.py                             # Stable Diffusion 1.5's size at 512 px, random weights
-    python benchmarks/gpu_speed.py --variants plain-bf16,compile,cuda-graphs --profile
+    python benchmarks/gpu_speed.py --variants plain-bf16,compile,cuda-graphs --profile compile
     python benchmarks/gpu_speed.py --tiny                      # the script itself, on any machine
     python benchmarks/gpu_speed.py --count                     # operations of the schedule by phase; needs no GPU
 
-Variants build on one another: each has what the one before it has, and one thing more.
+Variants build on one another: each has what the one before it has, and one thing more. They run in the order in which
+they are asked for; the tables are written anew after each one, so that a stop loses only what runs at the time.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ class Result:
 
     Args:
         seconds: of each timed round.
+        warm_up: seconds of the rounds before them, which compile where something is compiled.
         peak: bytes of the device; 0 where it does not tell.
         losses: of the last round: clean, PGD, cloaked.
         waits: how often the host waits in a round, by place.
     """
 
     seconds: list[float]
+    warm_up: float
     peak: int
     losses: list[float]
     waits: dict[str, int]
@@ -58,17 +61,22 @@ def try_out(variant: Variant, name: str, args: argparse.Namespace) -> Result:
     side, cloaked = make_side(variant, task), task.photos
     if variant.compiled:
         compile_networks(task, variant.compiled)
+    start = mark(args.device)
     for number in range(args.warm_up):
         cloaked = side.round(cloaked, Turn(number)).cloaked
+    end = mark(args.device)
     if args.device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     seconds, outcome = timed(side, cloaked, args)
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else 0
     last = args.warm_up + args.rounds
     found = waits(lambda: side.round(outcome.cloaked, Turn(last)), args.device)
-    if args.profile:
+    if name in args.profile:
         profile_round(lambda: side.round(outcome.cloaked, Turn(last)), name, args)
-    return Result(seconds, peak, [loss.item() for loss in outcome[1:]], dict(found.most_common()))
+    return Result(
+        seconds, between(start, end), peak, [loss.item() for loss in outcome.losses], dict(found.most_common())
+    )
 
 
 def timed(side: Plain | Ours, cloaked: Tensor, args: argparse.Namespace) -> tuple[list[float], Outcome]:
@@ -119,19 +127,21 @@ def profile_round(run: Callable[[], object], name: str, args: argparse.Namespace
     print(write(args.output, f"profile-{name}", title, ["operator", "calls", "ms", "share"], rows))
 
 
-def report(args: argparse.Namespace, results: dict[str, Result]) -> str:
+def report(args: argparse.Namespace, results: dict[str, Result], rounds: Operations) -> str:
     """Writes the table of variants; returns it."""
-    of_a_round = dict(zip(("plain", "ours"), totals(counted(args)), strict=True))
+    of_a_round = dict(zip(("plain", "ours"), totals(rounds), strict=True))
     middle = {name: median(result.seconds) for name, result in results.items()}
     references = [name for name in REFERENCES if name in results]
     rows = []
-    for name, result in results.items():
+    for name in sorted(results, key=list(VARIANTS).index):
+        result = results[name]
         done = of_a_round["plain" if VARIANTS[name].plain else "ours"] / 1e12
         rate = done / middle[name]
         rows.append(
             [
                 name,
                 f"{middle[name]:.3f} ({min(result.seconds):.3f}-{max(result.seconds):.3f})",
+                f"{result.warm_up:.1f}",
                 f"{middle[name] * args.schedule:.1f}",
                 *(f"{middle[reference] / middle[name]:.2f}" for reference in references),
                 f"{done:.3f}",
@@ -142,7 +152,13 @@ def report(args: argparse.Namespace, results: dict[str, Result]) -> str:
                 " ".join(f"{loss:.4f}" for loss in result.losses),
             ]
         )
-    header = ["variant", "s a round (min-max)", f"s for {args.schedule}", *(f"x faster than {n}" for n in references)]
+    header = [
+        "variant",
+        "s a round (min-max)",
+        "s to warm up",
+        f"s for {args.schedule}",
+        *(f"x faster than {n}" for n in references),
+    ]
     header += ["TFLOP a round", "TFLOP/s", "of peak", "peak GiB", "waits", "loss clean, PGD, cloaked"]
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     title = (
@@ -158,9 +174,8 @@ def counted(args: argparse.Namespace) -> Operations:
     return multiply(schedule(task), count(task.backbone))
 
 
-def report_operations(args: argparse.Namespace) -> str:
+def report_operations(args: argparse.Namespace, rounds: Operations) -> str:
     """Writes the table of operations; returns it."""
-    rounds = counted(args)
     rows = [
         [f"{phase}: {part}", *(f"{rounds[side][phase][index] * args.schedule / 1e15:.4g}" for side in rounds)]
         for phase in rounds["plain"]
@@ -183,13 +198,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="timed rounds (5)")
     add("--schedule", type=int, default=50, help="rounds of a whole run (50)")
     add("--peak-tflops", type=float, default=989, help="the card's bf16 rate (989: H100)")
-    add("--profile", action="store_true", help="write the operators that take most of the time")
+    add("--profile", default="", help="of these variants, write the operators that take most of the time")
     add("--tiny", action="store_true", help="a tiny architecture, to try the script")
     add("--count", action="store_true", help="count operations, run nothing")
     args = parser.parse_args(arguments)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.variants = args.variants.split(",")
-    unknown = set(args.variants) - set(VARIANTS)
+    args.variants, args.profile = args.variants.split(","), args.profile.split(",") if args.profile else []
+    unknown = {*args.variants, *args.profile} - set(VARIANTS)
     if unknown:
         parser.error(f"there is no variant {', '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
     if not (args.tiny or args.count or args.device == "cuda"):
@@ -197,24 +212,38 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Counts, or tries the variants out, and writes tables."""
+def report_waits(args: argparse.Namespace, name: str, result: Result) -> str:
+    """Writes where the host waits in a round of a variant; returns it."""
+    rows = [[place, str(times)] for place, times in result.waits.items()]
+    return write(args.output, f"waits-{name}", f"Where the host waits in a round of {name}", ["place", "times"], rows)
+
+
+def main(
+    arguments: list[str] | None = None, seen: Callable[[str, Result], object] = lambda name, result: None
+) -> dict[str, Result]:
+    """Counts, or tries the variants out, and writes tables.
+
+    Args:
+        arguments: the command line.
+        seen: is told what was found out about each variant, at once.
+
+    Returns:
+        What was found out about each variant.
+    """
     args = parse(arguments)
-    print(report_operations(args))
-    if args.count:
-        return
-    results = {}
-    for name in tqdm(args.variants, desc="variants"):
+    rounds = counted(args)
+    print(report_operations(args, rounds))
+    results: dict[str, Result] = {}
+    for name in [] if args.count else tqdm(args.variants, desc="variants"):
         results[name] = try_out(VARIANTS[name], name, args)
+        print(report(args, results, rounds), flush=True)
+        seen(name, results[name])
+        if results[name].waits:
+            print(report_waits(args, name, results[name]), flush=True)
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    print(report(args, results))
-    for name, result in results.items():
-        rows = [[place, str(times)] for place, times in result.waits.items()]
-        if rows:
-            title = f"Where the host waits in a round of {name}"
-            print(write(args.output, f"waits-{name}", title, ["place", "times"], rows))
+    return results
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ the arithmetic of its states, on top of what the networks were counted to comput
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -92,15 +92,20 @@ def gib(size: int | None) -> str:
 
 def rows(architecture: Architecture, cuda: bool) -> Iterator[Row]:
     """All modes, one after the other."""
-    for mode in tqdm(SINGLE, desc="one device"):
-        peaks = measure(architecture, mode) if cuda else count(architecture, mode)
-        yield Row(mode.name, peaks, "measured" if cuda else "counted")
+    yield from single(architecture, cuda)
     for mode in tqdm(FSDP2, desc="FSDP2"):
         yield Row(mode.name, count(architecture, mode), "counted")
     for mode in tqdm(NETWORKS, desc="DeepSpeed"):
         network, (trained, frozen) = count(architecture, mode), sizes(architecture)
         for zero in zeros(trained, frozen):
             yield Row(f"{mode.name}, {zero.name}", zero_peaks(zero, network), "computed", zero.host)
+
+
+def single(architecture: Architecture, cuda: bool, modes: Sequence[Mode] = SINGLE) -> Iterator[Row]:
+    """The modes of one device."""
+    for mode in tqdm(modes, desc="one device"):
+        peaks = measure(architecture, mode) if cuda else count(architecture, mode)
+        yield Row(mode.name, peaks, "measured" if cuda else "counted")
 
 
 def zeros(trained: int, frozen: int) -> list[Zero]:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,7 +72,11 @@ class Round:
         side = architecture.resolution // self.backbone.downscale
         latents = torch.zeros(CLASS_IMAGES, self.backbone.latent_channels, side, side, device=device)
         self.classes = Posterior(latents, torch.zeros_like(latents))
-        self.counter = Counter(self.backbone, self.weights.optimizer, self.photos, self.classes)
+
+    @cached_property
+    def counter(self) -> Counter:
+        """Counts what the parts allocate, beside what is there when it is first asked for."""
+        return Counter(self.backbone, self.weights.optimizer, self.photos, self.classes)
 
     def _weights(self) -> Weights:
         learned = self.backbone.learned()
@@ -109,7 +114,8 @@ class Round:
         """A PGD step against the borrowed weights."""
         surrogate, photos = self.surrogate(False), self.photos
         with surrogate.borrowed():
-            PGD(steps=1, micro_batch=micro_batch)(surrogate, photos, photos, torch.Generator(self.device))
+            attack, turn = PGD(steps=1, micro_batch=micro_batch), Turn(0)
+            attack(surrogate, photos, photos, turn, torch.Generator(self.device))
 
     @torch.no_grad()
     def sample(self, count: int) -> None:

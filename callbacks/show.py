@@ -9,6 +9,7 @@ from lightning import Trainer
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from antidreambooth.files import writing
 from antidreambooth.photos.delivery import write_png
 
 
@@ -18,6 +19,7 @@ def show(trainer: Trainer, name: str, pictures: Tensor, columns: int, step: int,
     for logger in trainer.loggers:
         writer = getattr(logger, "experiment", None)
         if writer is not None and hasattr(writer, "add_image"):
-            writer.add_image(name, grid, step)
+            with writing(Path(logger.log_dir or trainer.default_root_dir)):
+                writer.add_image(name, grid, step)
     if path is not None:
         write_png(path, grid)

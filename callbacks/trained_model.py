@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from antidreambooth.files import write_json
+from antidreambooth.files import write_json, writing
 from antidreambooth.provenance import versions
 from callbacks.disk_space import require_room, require_writable
 
@@ -33,6 +33,8 @@ class TrainedModel(Callback):
         if not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
-        pl_module.adaptation.save(backbone, root / pl_module.adaptation.folder)
+        folder = root / pl_module.adaptation.folder
+        with writing(folder):
+            pl_module.adaptation.save(backbone, folder)
         manifest = {**pl_module.record(), "versions": versions(), "steps": trainer.global_step}
         write_json(root / "manifest.json", manifest)

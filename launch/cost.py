@@ -1,78 +1,233 @@
-"""What a run costs on this machine: passes through its base model, timed, and how many a method needs."""
+"""What runs will take: disk, counted from their settings, and time, known from runs of the same kind that finished.
+
+Sizes are upper limits: pictures count as if they were not compressed.
+"""
 
 from __future__ import annotations
 
-import time
-from typing import NamedTuple
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
 
-import torch
+from jsonargparse import Namespace
 
-from antidreambooth.attack.methods import Method
-from antidreambooth.diffusion.backbone import Backbone
-from antidreambooth.diffusion.defaults import Defaults
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
-from antidreambooth.diffusion.precision import computes_in_bf16
+from antidreambooth.diffusion.class_images import cache_folder
+from antidreambooth.diffusion.defaults import given
+from antidreambooth.diffusion.loading import bytes_of_networks, read_defaults, resolution_of
+from antidreambooth.errors import InputError
+from antidreambooth.photos.decoding import find_photos
+from launch.runs import Parse, command
 
-BATCH = 4
-ENCODER = 2.0  # a PGD step through encoder and U-Net, in passes through the U-Net
-FORWARD = 1 / 3  # of a pass forward and back
-
-
-class Measured(NamedTuple):
-    """What a base model needs here."""
-
-    seconds: float  # of one image through the U-Net, forward and back
-    learned: int  # bytes of the weights that a surrogate trains
-    all: int  # bytes of all weights
+TRAINED = ("unet", "text_encoder")  # the networks that full fine-tuning changes
 
 
-def cloak_passes(method: Method, defaults: Defaults, photos: int, models: int) -> float:
-    """Images through the U-Net for one person's cloak."""
-    attack = method.rounds * method.pgd_steps * photos * ENCODER
-    recipe = defaults.surrogate if method.alternating else defaults.full
-    steps = 0 if method.untouched else recipe.steps * (2 * method.rounds if method.alternating else 1)
-    return models * (attack + steps * recipe.batch_size * (2 if defaults.prior_weight else 1))
+class Footprint(NamedTuple):
+    """What a run writes to disk, in bytes.
+
+    Args:
+        photo: what stays, for each photo that the run is given.
+        run: what stays, whatever the number of photos.
+        weights: what is there only while the run goes on.
+        class_images: what stays in the user's cache for all runs, by what is drawn: (base model, prompt, resolution).
+    """
+
+    photo: int
+    run: int
+    weights: int
+    class_images: Mapping[tuple[str, str, int], int]
 
 
-def drawing(sampling_steps: int) -> float:
-    """One generated picture, in passes forward and back."""
-    return sampling_steps * 2 * FORWARD  # two for guidance
+class Kind(NamedTuple):
+    """Runs that differ only in whose photos they are about, and so take about the same time.
+
+    Args:
+        name: such as ``a victim full``.
+        photos: the number of photos of each run that is left to do.
+        seconds: how long each finished run took.
+        footprint: what one run writes, or why that is not known.
+    """
+
+    name: str
+    photos: Sequence[int]
+    seconds: Sequence[float]
+    footprint: Footprint | str
 
 
-def measure(
-    name: str, workers: int, resolution: int | None = None, revision: str | None = None, variant: str | None = None
-) -> Measured:
-    """Times a few passes on this machine's first GPU, or on a worker's part of its cores."""
-    backbone = load_backbone(name, revision, variant).to(device())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // workers))
-    try:
-        seconds = _seconds_a_pass(backbone, resolution or resolution_of(name, revision))
-    finally:
-        torch.set_num_threads(threads)
-    learned = [*backbone.unet.parameters(), *backbone.text_encoder.parameters()]
-    return Measured(seconds, *(sum(weights.nbytes for weights in part) for part in (learned, backbone.parameters())))
+def footprint_of_cloak(settings: Namespace, parse: Parse, keep_models: bool = False) -> Footprint:
+    """What a cloaking run writes.
+
+    Args:
+        settings: of the run, as ``parse`` gives them.
+        parse: gives the settings of FSMG's surrogate.
+        keep_models: whether FSMG's surrogates stay.
+
+    Raises:
+        InputError: this is no cloaking run, or its base model cannot be found.
+    """
+    backbones, model, rounds = attacked(settings), settings.model.init_args, settings.trainer.max_epochs or 0
+    side = model.resolution or resolution_of(model.backbone, model.revision)
+    picture = picture_of(side)
+    progress = rounds // every if (every := callback(settings, "CloakedPhotos").get("every_n_epochs")) else 0
+    samples, grids = callback(settings, "SampleGrid"), 0
+    if every := samples.get("every_n_epochs"):
+        grids = rounds // every * len(samples["prompts"]) * samples["count"]
+    sizes = [bytes_of_networks(name, revision) for name, revision in backbones]
+    surrogate, kept, weights = model.get("surrogate"), 0, 0
+    drawn: dict[tuple[str, str, int], int] = {}
+    if isinstance(surrogate, str):  # FSMG: a model is trained before the attack
+        trained = sum(sum(size.values()) for size in sizes)
+        kept, weights = (trained, 0) if keep_models else (0, trained)
+        drawn = class_images(parse(command(surrogate, {})).model.init_args.training, backbones, side)
+    elif surrogate is not None:  # ASPL: what learns is in the checkpoint, of which an old one and a new one exist
+        weights = sum(2 * size[part] for size in sizes for part in TRAINED) if learns_whole(model) else 0
+        drawn = class_images(surrogate, backbones, side)
+    # The cloaked photo and three columns of comparison.png; photos so far and samples are files and in TensorBoard.
+    return Footprint((4 + 2 * progress) * picture, 2 * grids * picture + kept, weights, drawn)
 
 
-def device() -> torch.device:
-    """Where runs compute on a machine like this one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def footprint_of_victim(settings: Namespace, trained: bool = True, keep_models: bool = False) -> Footprint:
+    """What a victim writes that is trained on some photos, then asked for pictures, with the callbacks of a verdict.
+
+    Args:
+        settings: of the victim's test.
+        trained: whether it is trained at all; the control is not.
+        keep_models: whether the trained model stays.
+
+    Raises:
+        InputError: this is no victim, or its base model cannot be found.
+    """
+    model = settings.model.get("init_args")
+    if model is None or "generation" not in model:
+        raise InputError("a victim is the config file of a model that is trained on photos (configs/dreambooth.yaml)")
+    side = model.resolution or resolution_of(model.backbone, model.revision)
+    picture = picture_of(side)
+    drawn = 3 * len(model.generation.prompts) * model.generation.images * picture  # images, grid.png, TensorBoard
+    if not trained:
+        return Footprint(0, drawn, 0, {})
+    whole = sum(bytes_of_networks(model.backbone, model.revision).values()) if learns_whole(model) else 0
+    kept, weights = (whole, 0) if keep_models else (0, whole)
+    images = class_images(model.training, [(model.backbone, model.revision)], side)
+    return Footprint(picture, drawn + kept, weights, images)
 
 
-def _seconds_a_pass(backbone: Backbone, resolution: int) -> float:
-    """Of one image through the U-Net, forward and back."""
-    backbone.unet.requires_grad_(True)
-    side, where = resolution // backbone.downscale, backbone.alphas_cumprod.device
-    latents = torch.zeros(BATCH, backbone.latent_channels, side, side, device=where)
-    timesteps = torch.zeros(BATCH, dtype=torch.long, device=where)
-    embeddings = backbone.embed([backbone.defaults.class_prompt]).expand(BATCH, -1, -1)
-    times = []
-    for _ in range(3):  # the first one warms up
-        started = time.monotonic()
-        with torch.autocast(where.type, torch.bfloat16, enabled=computes_in_bf16()):
-            loss = backbone.denoising_loss(latents, timesteps, torch.ones_like(latents), embeddings).sum()
-        loss.backward()
-        if where.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.monotonic() - started)
-    return min(times) / BATCH
+def attacked(settings: Namespace) -> list[tuple[str, str | None]]:
+    """Names and revisions of the base models that a cloaking run attacks.
+
+    Raises:
+        InputError: this is no cloaking run.
+    """
+    model = settings.model.get("init_args")
+    if model is None or "budget" not in model:
+        raise InputError("--protection is the config file of a cloaking run, such as configs/aspl.yaml")
+    return [(model.backbone, model.revision), *((name, None) for name in model.ensemble.backbones)]
+
+
+def time_line(phases: Sequence[Sequence[Kind]], workers: int) -> str:
+    """How long the runs that are left will take, as far as others of their kind have finished.
+
+    Args:
+        phases: follow each other; the runs in a phase are shared out over the workers.
+        workers: runs at a time.
+    """
+    left = [kind for kinds in phases for kind in kinds if kind.photos]
+    usual = {kind.name: median(kind.seconds) for kind in left if kind.seconds}
+    if not usual:
+        return "time: known after the first one"
+    seconds = sum(
+        len(kind.photos) * usual[kind.name] / at_a_time(kinds, workers)
+        for kinds in phases
+        for kind in kinds
+        if kind.name in usual
+    )
+    medians = ", ".join(f"{name} {duration(one)}" for name, one in usual.items())
+    line = f"time: about {duration(seconds)}, from the median of those that are finished ({medians})"
+    unknown = [kind.name for kind in left if kind.name not in usual]
+    return f"{line}; more for {', '.join(unknown)}: known after the first one" if unknown else line
+
+
+def disk_line(root: Path, phases: Sequence[Sequence[Kind]], workers: int) -> str:
+    """How much the runs that are left will write, at most, and how much is free.
+
+    Args:
+        root: folder of their results.
+        phases: follow each other; the runs in a phase are shared out over the workers.
+        workers: runs at a time.
+    """
+    stay, weights, images = 0, 0, dict[tuple[str, str, int], int]()
+    for kinds in phases:
+        for _, photos, _, footprint in kinds:
+            if photos and isinstance(footprint, Footprint):
+                stay += footprint.photo * sum(photos) + footprint.run * len(photos)
+                weights = max(weights, footprint.weights * at_a_time(kinds, workers))
+                images |= {key: max(size, images.get(key, 0)) for key, size in footprint.class_images.items()}
+    place = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    line = f"disk: at most {size_of(stay)} to stay in {root}, and on the way {size_of(weights)} for weights"
+    if images:
+        line += f", and {size_of(sum(images.values()))} for class images in {cache_folder()} where they are not there"
+    line += f"; {size_of(shutil.disk_usage(place).free)} are free"
+    unknown = [k for kinds in phases for k in kinds if k.photos and not isinstance(k.footprint, Footprint)]
+    return line + "".join(f"; without {kind.name} ({kind.footprint})" for kind in unknown)
+
+
+def at_a_time(kinds: Sequence[Kind], workers: int) -> int:
+    """How many runs of a phase go on side by side."""
+    return max(1, min(workers, sum(len(kind.photos) for kind in kinds)))
+
+
+def count_photos(folder: Path) -> int:
+    """How many photos a folder holds; says nothing about its other files, as the run itself does.
+
+    Raises:
+        InputError: it holds none, or is no folder.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return len(find_photos(folder))
+
+
+def picture_of(side: int) -> int:
+    """Bytes of a square picture of ``side`` pixels, not compressed."""
+    return 3 * side**2
+
+
+def callback(settings: Namespace, name: str) -> dict[str, Any]:
+    """The arguments of a run's callback of the given class; empty where the run has no such callback."""
+    chosen: Any = settings.trainer.callbacks or []
+    for entry in chosen if isinstance(chosen, list) else [chosen]:
+        if entry.class_path.rpartition(".")[2] == name:
+            return vars(entry.init_args) if "init_args" in entry else {}
+    return {}
+
+
+def learns_whole(model: Namespace) -> bool:
+    """Whether whole networks are trained; what else there is, such as a LoRA, is too small to be counted here."""
+    adaptation = model.get("adaptation")
+    return adaptation is None or adaptation.class_path.rpartition(".")[2] == "Full"
+
+
+def class_images(
+    training: Namespace, backbones: Sequence[tuple[str, str | None]], side: int
+) -> dict[tuple[str, str, int], int]:
+    """Bytes of the class images for prior preservation, if there is any, by what is drawn."""
+    found = {}
+    for name, _ in backbones:
+        prior, defaults = training.prior, read_defaults(name)
+        if given(prior.weight, defaults.prior_weight):
+            prompt = given(prior.class_prompt, defaults.class_prompt)
+            found[name, prompt, side] = prior.images * picture_of(side)
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes where these are many, or hours."""
+    if seconds < 2 * 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 2 * 60 * 60 else f"{seconds / 60 / 60:.1f} h"
+
+
+def size_of(count: float) -> str:
+    """Bytes as MB, or as GB where these are many."""
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"

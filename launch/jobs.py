@@ -19,6 +19,7 @@ from submitit.core.utils import DelayedSubmission
 from tqdm import tqdm
 
 from antidreambooth.errors import InputError
+from antidreambooth.files import writing
 
 POLL = 2.0  # seconds between two looks at what is finished
 GRACE = 10.0  # seconds that cancelled jobs of this machine have to end
@@ -65,6 +66,8 @@ def run_jobs(
     Raises:
         InputError: there is no such cluster, a job died (things that failed inside it do not raise), or Ctrl-C.
     """
+    with writing(logs):
+        logs.mkdir(parents=True, exist_ok=True)
     executor = _executor(launcher, logs, title)
     with executor.batch():
         jobs = [
@@ -124,7 +127,7 @@ def _job(command: list[str], environment: dict[str, str] | None) -> Callable[[],
                 raise RuntimeError(f"exit code {process.returncode}")
 
         def checkpoint(self) -> DelayedSubmission:
-            """SLURM takes the machine away: the command stops where it can go on, and submitit requeues the job."""
+            """SLURM takes the machine away: the command stops so that it can be resumed, submitit requeues the job."""
             if self.number is not None:
                 os.kill(self.number, signal.SIGTERM)
                 # Popen's own wait, which this interrupts, holds a lock.

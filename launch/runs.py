@@ -1,4 +1,4 @@
-"""Runs that a larger job starts: what they depend on, whether they are done, going on with a cloak."""
+"""Runs that a larger job starts: their command lines, what they depend on, whether they are done."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from jsonargparse import Namespace
 
 from antidreambooth.errors import InputError
 from antidreambooth.files import write_json
 from antidreambooth.photos.decoding import find_photos, load_photos
 from antidreambooth.provenance import differences
 
-Fit = Callable[[list[str]], None]  # the command line: a fit is what its user would have typed
+# Both take the words that a user would have typed after `python cli.py`, such as ["fit", "--config=configs/aspl.yaml"].
+Fit = Callable[[list[str]], None]  # runs them
+Parse = Callable[[list[str]], Namespace]  # gives all settings of the run that they ask for, which is not started
 
 
 def cloak_photos(
     done: Path, settings: dict[str, Any], how: str, given: dict[str, Any], fit: Fit, keep_models: bool = False
 ) -> None:
-    """Cloaks somebody's photos, or goes on with it; does nothing where it is done.
+    """Cloaks somebody's photos, or resumes an interrupted run; does nothing where the photos are cloaked already.
 
     Args:
-        done: the record that is there at the end, in the run's folder.
-        settings: what the result depends on.
-        how: config file of a cloaking run, and its flags, which come last.
-        given: further flags, which come before.
+        done: the file that this writes at the end, in the run's folder.
+        settings: all that the result depends on; a run in the same folder with other settings is refused.
+        how: config file of a cloaking run, and its flags.
+        given: names and values of further flags; those in ``how`` win over them.
         fit: runs a command line of this project.
-        keep_models: whether surrogates that were trained on the way are kept.
+        keep_models: whether the surrogates that FSMG trains first are kept.
     """
     if finished(done, settings):
         return
@@ -47,7 +52,8 @@ def cloak_photos(
     try:
         fit(command(how, {**given, "trainer.default_root_dir": root, **({"ckpt_path": "last"} if going_on else {})}))
     except BaseException:
-        write_json(begun, {"settings": settings, "seconds": time.monotonic() - started})
+        with suppress(InputError):  # on a full disk, say: what stopped the run is what counts
+            write_json(begun, {"settings": settings, "seconds": time.monotonic() - started})
         raise
     made = {"seconds": time.monotonic() - started, "passes": passes_of(root)}
     if not keep_models:
@@ -58,13 +64,13 @@ def cloak_photos(
 
 
 def command(how: str, given: dict[str, Any]) -> list[str]:
-    """The command line of a config file and its flags, after the given ones."""
-    config, *flags = shlex.split(how)
+    """The command line of a fit: the config file, then the given flags, then the config file's own flags."""
+    config, *flags = shlex.split(how) or [""]
     return ["fit", f"--config={located(config)}", *(f"--{name}={value}" for name, value in given.items()), *flags]
 
 
 def passes_of(root: Path) -> dict[str, int]:
-    """Images that a cloaking run sent through networks, with those that trained its surrogates."""
+    """How many images a cloaking run sent through each network; FSMG's training of surrogates is counted, too."""
     parts = [root / "manifest.json", *root.glob("surrogates/*/surrogate.json")]
     counts = Counter[str]()
     for part in parts:
@@ -74,12 +80,16 @@ def passes_of(root: Path) -> dict[str, int]:
 
 @cache
 def contents(folder: str) -> list[str]:
-    """SHA-256 of each photo of a folder, all of which can be decoded."""
+    """SHA-256 of each photo of a folder.
+
+    Raises:
+        InputError: a photo cannot be decoded.
+    """
     return [photo.sha256 for photo in load_photos(Path(folder), 8)]
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each photo of a folder by name, without decoding: there may be ten thousand such folders."""
+    """SHA-256 of each photo of a folder, by file name. Decodes none of them, as there may be ten thousand folders."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in find_photos(folder)}
 
 
@@ -101,11 +111,14 @@ def finished(record: Path, settings: dict[str, Any]) -> bool:
 
 
 def is_config(text: str) -> bool:
-    """Whether this names a config file."""
+    """Whether this looks like the path of a config file; whether it exists is another question."""
     return text.endswith((".yaml", ".yml"))
 
 
 def located(config: str) -> str:
-    """A config file as it is given or, where it is not there, in this repository: a verdict may start anywhere."""
+    """A config file's path: as given or, where there is no such file, relative to this repository.
+
+    So ``configs/aspl.yaml`` is found from whatever folder a command is started in.
+    """
     own = Path(__file__).parent.parent / config
     return str(own) if own.is_file() and not Path(config).is_file() else config

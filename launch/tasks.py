@@ -1,4 +1,4 @@
-"""Tasks of a larger job, shared out over its workers; what fails is written down and does not stop the others."""
+"""Shares the tasks of a larger job out over workers; a task that fails is written down and does not stop the others."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from antidreambooth.files import write_atomically
 from launch.jobs import Launcher, run_jobs, workers_of
 
 COMMAND = Path(__file__).parent.parent / "cli.py"
-STOPPED = (None, 1, 128 + signal.SIGTERM)  # exit codes of a run that was told to stop: by Lightning, Ctrl-C, a signal
+# Exit codes of a run that was told to stop: Lightning's after SIGTERM, its own after Ctrl-C, and that of a signal.
+STOPPED = (None, 1, 128 + signal.SIGTERM)
 
 
 class Task(NamedTuple):
-    """One of them.
+    """Something to be done once.
 
     Args:
-        record: the file that is there once it is done; what it consists of lies beside it.
+        record: the file that exists once it is done; its results lie in the same folder.
         run: does it.
     """
 
@@ -33,15 +34,17 @@ class Task(NamedTuple):
 def share_out(
     words: list[str], records: Sequence[Path], launcher: Launcher, logs: Path, title: str, phase: str = ""
 ) -> None:
-    """Starts jobs where something is left to do, each with its share, and shows a bar until all have ended.
+    """Starts jobs that share what is left to do, and shows a progress bar until all of them have ended.
+
+    Starts none where nothing is left.
 
     Args:
-        words: this project's command line, to which a job's share is added as ``--share``.
-        records: of all tasks, done or not.
+        words: the command line of each job, without ``python cli.py``; its share is added as ``--share``.
+        records: the records of all tasks, done or not, see ``Task``.
         launcher: where the jobs run.
-        logs: folder of what they print.
-        title: of the bar.
-        phase: what stands before the share.
+        logs: folder for what they print.
+        title: of the progress bar.
+        phase: written before the share, where a job has to know which of several phases this is.
     """
     waiting = [record for record in records if not record.is_file()]
     for record in waiting:
@@ -53,12 +56,12 @@ def share_out(
 
 
 def work(tasks: Sequence[Task], share: str, logs: Path) -> None:
-    """A job's part, see ``part``. Base models and class images' latents stay in memory from one to the next.
+    """Does one job's share of the tasks; base models and latents of class images stay in memory between them.
 
     Args:
-        tasks: of all jobs.
-        share: NUMBER/JOBS.
-        logs: where the reason is said to be found if one fails.
+        tasks: those of all jobs.
+        share: ``NUMBER/JOBS``, see ``part``.
+        logs: folder that the record of a failed task names as the place of the traceback.
     """
     number, jobs = map(int, share.split("/"))
     with kept_in_memory():
@@ -76,23 +79,30 @@ def work(tasks: Sequence[Task], share: str, logs: Path) -> None:
 
 
 def part(tasks: Sequence[Task], number: int, jobs: int) -> list[Task]:
-    """One of every JOBS tasks in a row, not always in the same place: every second one may cost most."""
+    """The tasks of job ``number`` of ``jobs``.
+
+    Every ``jobs``-th task, shifted by one in each block of ``jobs``, so that expensive tasks that recur at a fixed
+    interval do not all fall to one job.
+    """
     return [task for place, task in enumerate(tasks) if (place + place // jobs) % jobs == number]
 
 
 def failure(folder: Path) -> Path:
-    """The file that says why a task failed."""
+    """The file that says why the task with this folder failed."""
     return folder.with_name(folder.name + ".failed")
 
 
 def failures(records: Sequence[Path]) -> dict[str, str]:
-    """Why those failed that are not there."""
+    """Why tasks failed, by the names of their folders; tasks that nobody has tried yet are left out."""
     missing = [record.parent for record in records if not record.is_file()]
     return {f.name: failure(f).read_text(encoding="utf-8") for f in missing if failure(f).is_file()}
 
 
 def counter(records: Sequence[Path]) -> Callable[[], int]:
-    """Counts those that are there, and looks only for those that were not there before: there may be ten thousand."""
+    """Gives a function that counts the records that exist.
+
+    It looks only for those that were missing the last time, as there may be ten thousand of them.
+    """
     missing = set(records)
 
     def count() -> int:

@@ -6,6 +6,17 @@ from lightning_modules.fsmg import FSMG
 from lightning_modules.pretraining import Pretraining
 from lightning_modules.running.atomic_checkpoint import AtomicCheckpointIO
 from lightning_modules.running.strategies import FSDP2, DeepSpeed
+from lightning_modules.running.tensorboard_log import TensorBoardLog
 from lightning_modules.victim import Victim
 
-__all__ = ["ASPL", "FSDP2", "FSMG", "AtomicCheckpointIO", "Cloaking", "DeepSpeed", "Pretraining", "Victim"]
+__all__ = [
+    "ASPL",
+    "FSDP2",
+    "FSMG",
+    "AtomicCheckpointIO",
+    "Cloaking",
+    "DeepSpeed",
+    "Pretraining",
+    "TensorBoardLog",
+    "Victim",
+]

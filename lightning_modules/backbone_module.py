@@ -106,6 +106,10 @@ class BackboneModule(LightningModule):
         """A prompt as the model in training knows it."""
         return text
 
+    def memory_savers(self) -> list[str]:
+        """What on the command line makes a run need less memory on a GPU, and is not used yet."""
+        return []
+
     @property
     def together(self) -> bool:
         """Whether every rank has to take part in every forward pass, since none has all weights."""

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from antidreambooth.attack.cost import counted
-from antidreambooth.attack.objectives import Denoising, Objective
-from antidreambooth.attack.perturbation import PGD, STEP
-from antidreambooth.attack.rounds import Outcome, Photos, alternate
-from antidreambooth.attack.surrogates import Offloaded, Surrogate
-from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.attack.methods import Assembly, Method, Settings
+from antidreambooth.attack.objectives import Objective
+from antidreambooth.attack.perturbation import STEP
+from antidreambooth.attack.rounds import Outcome, Photos, alternate, require_vital
+from antidreambooth.attack.steps import Sign, StepRule
+from antidreambooth.attack.surrogates import Surrogate
+from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.loading import locate
 from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.errors import InputError
+from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
+from antidreambooth.finetuning.weights import Weights
 from lightning_modules.backbone_module import BackboneModule
+from lightning_modules.running.borrowing import weights_of
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,9 @@ class Ensemble:
 class Cloaking(BackboneModule):
     """A run that perturbs photos; one ``training_step``, one epoch, is one round of a method.
 
-    Subclasses say what the surrogates are. The perturbation (n 3 h w, in units of [-1, 1]) is a buffer: saved in
-    checkpoints and, since gradients are averaged over ranks, identical on all of them.
+    Subclasses say what the surrogates are. The perturbation (n 3 h w, in units of [-1, 1]) and what the step rule
+    remembers of each base model are buffers: saved in checkpoints and, since gradients are averaged over ranks,
+    identical on all of them.
 
     Args:
         backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
@@ -50,12 +58,15 @@ class Cloaking(BackboneModule):
         pgd_steps: PGD steps in a round.
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
         objective: what the perturbation maximises: Denoising (when not given), Targeted, Transformed.
+        step_rule: what a PGD step does with the gradient: Sign (when not given), Momentum, NormalizedL2; each has a
+            schedule of the step size and a random start.
         ensemble: further base models to attack at the same time.
     """
 
     perturbation: Tensor
+    memory: Tensor  # of the step rule, for each base model; empty where it remembers nothing from round to round
     passes: Tensor  # images through U-Nets and through encoders in all rounds, on this rank
-    buffers_kept = ("perturbation", "passes")
+    buffers_kept = ("perturbation", "memory", "passes")
 
     def __init__(
         self,
@@ -69,6 +80,7 @@ class Cloaking(BackboneModule):
         pgd_steps: int = 6,
         micro_batch: int = 4,
         objective: Objective | None = None,
+        step_rule: StepRule | None = None,
         ensemble: Ensemble = Ensemble(),
     ) -> None:
         super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
@@ -76,8 +88,19 @@ class Cloaking(BackboneModule):
             locate(name)  # a wrong one is found before the others are loaded, or trained on
         self.save_hyperparameters(logger=False)  # a subclass's own, too
         self.automatic_optimization = False
-        self.attack = PGD(budget, step_size, pgd_steps, micro_batch, objective or Denoising(), self._average)
+        settings = Settings(
+            budget=budget,
+            step_size=step_size,
+            step_rule=step_rule or Sign(),
+            pgd_steps=pgd_steps,
+            micro_batch=micro_batch,
+            objective=objective,
+            offload=ensemble.offload,
+        )
+        self.assembly = Assembly(self.method(), self.completed(settings), self._average)
+        self.attack = self.assembly.attack
         self.register_buffer("perturbation", torch.empty(0))
+        self.register_buffer("memory", torch.empty(0))
         self.register_buffer("passes", torch.zeros(2, dtype=torch.int64))
         self.surrogates: list[Surrogate] = []
         self.rounds = 0  # after the last one in this process; Lightning counts an epoch only after all hooks
@@ -92,29 +115,66 @@ class Cloaking(BackboneModule):
         """The base models, as loaded."""
         return [self.backbone, *cast(list[Backbone], list(self.others))]
 
+    def setup(self, stage: str) -> None:
+        """Refuses a run of no rounds, which would deliver the photos as they are."""
+        super().setup(stage)
+        if self.trainer.max_epochs == 0:
+            raise InputError("--trainer.max_epochs is the number of rounds, 1 or more: got 0")
+
+    def method(self) -> Method:
+        """Which row of the methods' table this run is."""
+        raise NotImplementedError
+
+    def completed(self, settings: Settings) -> Settings:
+        """The settings that all methods share, with those of this one."""
+        raise NotImplementedError
+
     def build(self) -> None:
-        """Loads all base models; the perturbation starts at nothing."""
+        """Loads all base models and makes surrogates of them; the perturbation starts at nothing."""
         super().build()
         photos = len(self.trainer.datamodule.photos)  # type: ignore[attr-defined]
         self.perturbation = torch.zeros(photos, 3, self.resolution, self.resolution, device=self.place)
         self.others = nn.ModuleList(self.load(name) for name in self.sources[1:])
         self.fingerprints = [other.fingerprint() for other in self.backbones[1:]]  # before they learn anything
+        self.memory = self._remembered([self.attack.rule.begin(self.perturbation) for _ in self.backbones])
+        self.assembly.adopt(self.backbones, self.class_latents, self.seed, self.prompts())
 
-    def surrogate(self, backbone: Backbone, photos: Photos) -> Surrogate:
-        """What the method makes of a base model."""
-        raise NotImplementedError
+    def prompts(self) -> list[str] | None:
+        """What each base model that does not learn is asked for; the method's own prompt when not said."""
+        return None
+
+    def class_latents(self, backbone: Backbone, prior: PriorPreservation) -> Posterior | None:
+        """Latents of a base model's class images."""
+        return self.class_posterior(backbone, prior, self.attack.micro_batch)
+
+    def lend(self, backbone: Backbone, training: DreamBooth) -> Weights:
+        """The weights of a base model that learn, as the strategy lends them."""
+        return weights_of(self.trainer.strategy, backbone, cast(Optimizer, self.optimizers()), self.manual_backward)
 
     def training_step(self, batch: Photos, batch_idx: int) -> None:
         """One round."""
         if not self.surrogates:
-            self.surrogates = [self._made(backbone, batch) for backbone in self.backbones]
+            self.surrogates = self.assembly.surrogates(batch.originals, batch.clean, self.lend)
+        if self.current_epoch == 0:
+            self.perturbation = self.attack.start(batch.originals, self.seed)
         with counted(self.backbones) as passes:
             cloaked = batch.originals + self.perturbation
-            outcome = alternate(self.surrogates, batch.originals, cloaked, self.attack, self.turn)
+            memory = list(self.memory)
+            outcome = alternate(self.surrogates, batch.originals, cloaked, self.attack, self.turn, memory)
+        self.memory = self._remembered(list(outcome.memory))
         self.passes += torch.tensor([passes.unet, passes.encoder], device=self.device)
         self.perturbation = outcome.cloaked - batch.originals
         self.rounds = self.current_epoch + 1
         self._log(outcome)
+
+    def memory_savers(self) -> list[str]:
+        """Photos one at a time; base models one at a time."""
+        chosen, alone = self.hparams, self.trainer.world_size == 1
+        several = bool(chosen.ensemble.backbones)
+        return [
+            *(["--model.micro_batch 1"] if chosen.micro_batch > 1 else []),
+            *(["--model.ensemble.offload true"] if several and alone and not chosen.ensemble.offload else []),
+        ]
 
     def on_train_epoch_end(self) -> None:
         """The round is whole."""
@@ -123,7 +183,7 @@ class Cloaking(BackboneModule):
     @property
     def turn(self) -> Turn:
         """The round that is under way."""
-        return self.turn_of(self.current_epoch)
+        return replace(self.turn_of(self.current_epoch), rounds=max(1, self.trainer.max_epochs or 0))
 
     def effective(self) -> dict[str, Any]:
         """Also how the attack goes."""
@@ -132,13 +192,14 @@ class Cloaking(BackboneModule):
             "ensemble_sha256": self.fingerprints,
             "step_size": self.attack.effective_step_size,
             "objective": self.attack.objective,
+            "step_rule": self.attack.rule,
+            # A step size that falls over the run makes another one of a run with more rounds.
+            **({"rounds": self.trainer.max_epochs} if self.attack.rule.schedule != "constant" else {}),
         }
 
-    def _made(self, backbone: Backbone, photos: Photos) -> Surrogate:
-        """A surrogate, with what is computed once, where it waits for its turn."""
-        surrogate = self.surrogate(backbone, photos)
-        self.attack.objective.prepare(backbone, photos.originals)
-        return Offloaded(surrogate, self.device) if self.hparams.ensemble.offload else surrogate
+    def _remembered(self, memory: list[Tensor]) -> Tensor:
+        """What of the step rule's memory the next round needs, for each base model."""
+        return torch.stack(memory) if self.attack.rule.lasting else self.perturbation.new_zeros(len(memory), 0)
 
     def _average(self, gradient: Tensor) -> Tensor:
         """Over ranks, in place; ``Strategy.reduce`` would have the host wait at a barrier first, six times a round."""
@@ -150,10 +211,11 @@ class Cloaking(BackboneModule):
     def _log(self, outcome: Outcome) -> None:
         # One message for all of them. Lightning's sync_dist takes four for each, and a bar that only the first rank has
         # sends some of them by itself.
-        losses = torch.stack([outcome.clean_loss, outcome.cloaked_loss, outcome.objective])
-        names = ("surrogate/clean_loss", "surrogate/cloaked_loss", "pgd/objective")
+        signs = self._average(outcome.vital_signs)
+        require_vital(signs.tolist(), self.turn)  # the round's one copy from the device
+        names = ("surrogate/clean_loss", "pgd/objective", "surrogate/cloaked_loss", "pgd/gradient")
         values = {
-            **dict(zip(names, self._average(losses), strict=True)),
+            **dict(zip(names, signs, strict=False)),
             "perturbation/largest": self.perturbation.abs().max() / STEP,
             "perturbation/mean": self.perturbation.abs().mean() / STEP,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +12,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from antidreambooth.attack.methods import METHODS, Method, Settings
 from antidreambooth.attack.rounds import Photos
-from antidreambooth.attack.surrogates import Fixed
-from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.errors import InputError
+from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.finetuning.full import Full
 from antidreambooth.provenance import slug
 from lightning_modules.cloaking import Cloaking
@@ -58,20 +59,19 @@ class FSMG(Cloaking):
         root = Path(self.trainer.default_root_dir)
         return [str(surrogate_folder(root, name) / Full.folder) for name in super().sources]
 
+    def method(self) -> Method:
+        """FSMG, or AdvDM where nothing is trained; whatever its numbers."""
+        return METHODS["fsmg" if self.hparams.surrogate is not None else "advdm"]
+
+    def completed(self, settings: Settings) -> Settings:
+        """Also how much memory it may take."""
+        return replace(settings, training=DreamBooth(gradient_checkpointing=self.hparams.gradient_checkpointing))
+
     def setup(self, stage: str) -> None:
         """Refuses what has no weights to split."""
         super().setup(stage)
         if not replicates(self.trainer.strategy):
             raise InputError("FSMG trains nothing that could be split over processes: use --trainer.strategy ddp")
-
-    def build(self) -> None:
-        """Loads what is attacked, with the prompts that go with it."""
-        super().build()
-        found = zip(self.sources, self.backbones, strict=True)
-        self.prompts = [self.hparams.prompt or self._usual_prompt(*model) for model in found]
-        if self.hparams.gradient_checkpointing:
-            for backbone in self.backbones:
-                backbone.enable_gradient_checkpointing()
 
     def configure_optimizers(self) -> Optimizer:
         """Counts rounds."""
@@ -84,19 +84,24 @@ class FSMG(Cloaking):
         cast(LightningOptimizer, self.optimizers()).step()
         self.clock.grad = None
 
-    def surrogate(self, backbone: Backbone, photos: Photos) -> Fixed:
-        """A model as it is."""
-        return Fixed(backbone, self.prompts[self.backbones.index(backbone)])
+    def prompts(self) -> list[str] | None:
+        """The one that is given, or what each surrogate was trained on."""
+        if self.hparams.prompt is not None:
+            return [self.hparams.prompt] * len(self.sources)
+        if self.hparams.surrogate is None:
+            return None
+        files = [Path(source).parent / "manifest.json" for source in self.sources]
+        records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return [record["settings"]["model"]["training"]["instance_prompt"] for record in records]
+
+    def memory_savers(self) -> list[str]:
+        """Also checkpointing."""
+        checkpointing = self.hparams.gradient_checkpointing
+        return [*super().memory_savers(), *([] if checkpointing else ["--model.gradient_checkpointing true"])]
 
     def effective(self) -> dict[str, Any]:
         """Also the prompts."""
-        return {**super().effective(), "prompts": self.prompts}
-
-    def _usual_prompt(self, source: str, backbone: Backbone) -> str:
-        if self.hparams.surrogate is None:
-            return backbone.defaults.class_prompt
-        record = json.loads((Path(source).parent / "manifest.json").read_text(encoding="utf-8"))
-        return str(record["settings"]["model"]["training"]["instance_prompt"])
+        return {**super().effective(), "prompts": self.assembly.prompts}
 
 
 def surrogate_folder(root: Path, backbone: str) -> Path:

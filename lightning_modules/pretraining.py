@@ -19,6 +19,7 @@ from transformers import CLIPTextModel
 
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.draws import Draw, Uniform
+from antidreambooth.diffusion.precision import made_on_cpu
 from antidreambooth.errors import InputError
 from antidreambooth.files import write_atomically
 from antidreambooth.finetuning.full import Full
@@ -85,7 +86,7 @@ class Pretraining(BackboneModule):
         config = dict(self.backbone.unet.config)
         if self.hparams.widths:
             config["block_out_channels"] = tuple(self.hparams.widths)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), made_on_cpu():
             torch.manual_seed(self.seed)
             try:
                 self.backbone.unet = UNet2DConditionModel.from_config(config)
@@ -148,6 +149,10 @@ class Pretraining(BackboneModule):
     def trained(self) -> Backbone:
         """What is saved."""
         return self.backbone
+
+    def memory_savers(self) -> list[str]:
+        """Fewer pictures in a step."""
+        return ["a smaller --model.batch_size"] if self.hparams.batch_size > 1 else []
 
     def on_train_end(self) -> None:
         """The averaged weights are the result."""

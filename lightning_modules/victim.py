@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.loading import load_backbone, read_defaults
+from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.sampling import Generation, noise_of, sample
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.faces import Dlib, FaceModel, reference
@@ -157,7 +158,9 @@ class Victim(BackboneModule):
 
     def test_step(self, batch: list[tuple[str, Tensor]], batch_idx: int) -> None:
         """Generates this rank's share of the pictures and measures them against the reference photos."""
-        known, asked = reference(self.faces, [(name, self._as_drawn(photo)) for name, photo in batch]), self.generation
+        with full_precision(self.device):
+            known = reference(self.faces, [(name, self._as_drawn(photo)) for name, photo in batch])
+        asked = self.generation
         measures = face_measures(self.faces, known, stability=self.hparams.stability).to(self.device)
         self._warn_of_strangers()
         mine = list(range(self.global_rank, asked.images, self.trainer.world_size))
@@ -192,6 +195,17 @@ class Victim(BackboneModule):
         """A prompt as the adaptation writes it."""
         return self.adaptation.prompt(text)
 
+    def memory_savers(self) -> list[str]:
+        """Fewer pictures at a time in a test; checkpointing, one photo a step or a LoRA in a fit."""
+        if self.trainer.testing:
+            return ["--model.generation.batch 1"] if self.generation.batch > 1 else []
+        settings = self.training_settings
+        return [
+            *([] if settings.gradient_checkpointing else ["--model.training.gradient_checkpointing true"]),
+            *(["--model.training.batch_size 1"] if settings.batch_size != 1 else []),
+            *(["--model.adaptation LoRA"] if isinstance(self.adaptation, Full) else []),
+        ]
+
     def effective(self) -> dict[str, Any]:
         """Also what the backbone said where the user said nothing."""
         chosen = {"adaptation": self.adaptation, "training": self.training_settings, "faces": self.faces.name}
@@ -216,7 +230,7 @@ class Victim(BackboneModule):
             raise InputError("8-bit AdamW works on a GPU only: leave out --model.optimization.eight_bit")
         try:
             from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise InputError("8-bit AdamW needs bitsandbytes: pip install bitsandbytes") from error
         return AdamW8bit(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 

@@ -104,7 +104,7 @@ def main(out: Path) -> None:
     """Runs everything and writes the table."""
     prepare(out)
     kept = ("cloaked/*.png", "comparison.png", "samples/*.png", "**/*.safetensors", "per_image.csv", "measures.json")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(out / "cache")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "XDG_CACHE_HOME": str(out / "cache")}
     for name, words in runs(out).items():
         print(name, flush=True)
         with (out / f"{name}.log").open("w") as log:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from antidreambooth.errors import DEBUG
 from cli import main
 from tests.conftest import ROOT, random_images
 
@@ -43,12 +44,12 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def refused(arguments: list[str], *messages: str) -> None:
-    """The command line ends with one line, which holds all of these."""
+    """The command line ends with one line, which holds all of these, and with how to see where it came from."""
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
-    line = str(stopped.value)
+    line, *hint = str(stopped.value).splitlines()
     assert line.startswith("error: ")
-    assert "\n" not in line
+    assert hint == [f"({DEBUG}=1 shows where)"]
     for message in messages:
         assert message in line
 

@@ -91,6 +91,15 @@ def test_no_arrow_upward(name):
     assert [other for other in imports()[name] if not allowed(name, other)] == []
 
 
+def test_people_and_the_verdict_do_not_know_each_other():
+    graph = imports()
+    for name, other in (("people", "verdict"), ("verdict", "people")):
+        own = {module: used for module, used in graph.items() if module.startswith(f"launch.{name}")}
+        assert len(own) > 3
+        for module, used in own.items():
+            assert not [one for one in used if one.startswith(f"launch.{other}")], module
+
+
 def test_the_test_sees_what_it_forbids():
     """Rooms that no rule names, and rules for rooms that are gone, are mistakes of this file."""
     engine = {name.split(".")[1] if "." in name else "" for name in imports() if name.startswith("antidreambooth")}

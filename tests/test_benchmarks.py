@@ -3,6 +3,9 @@
 import argparse
 import contextlib
 import csv
+import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from antidreambooth.diffusion.seeding import Turn
-from benchmarks import gpu_speed, memory
+from benchmarks import first_gpu, gpu_speed, memory
 from benchmarks.aspl_speed import count, multiply, schedule, totals
 from benchmarks.counting import Counter, NoModules, cuda_autocast, fake, measured
 from benchmarks.host import waits
@@ -19,6 +22,7 @@ from benchmarks.phases import PHASES, Mode, Peaks, Round
 from benchmarks.sharding import Zero
 from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, TINY, build, counts
 from benchmarks.variants import VARIANTS, make_side, make_task
+from tests.conftest import ROOT
 
 TINY_RUN = argparse.Namespace(tiny=True, photos=3, micro_batch=2)
 
@@ -159,7 +163,14 @@ def test_a_read_of_a_result_is_found_and_the_engine_has_none():
 @pytest.mark.slow
 def test_the_speed_script_runs_anywhere(tmp_path, capsys):
     gpu_speed.main(
-        ["--tiny", "--rounds=1", "--warm-up=0", "--variants=plain,channels-last", "--profile", f"--output={tmp_path}"]
+        [
+            "--tiny",
+            "--rounds=1",
+            "--warm-up=0",
+            "--variants=plain,channels-last",
+            "--profile=channels-last",
+            f"--output={tmp_path}",
+        ]
     )
     printed = capsys.readouterr().out
     for name in ("operations", "speed", "profile-channels-last"):
@@ -174,3 +185,58 @@ def test_the_speed_script_names_the_variants_it_knows(capsys):
     with pytest.raises(SystemExit):
         gpu_speed.main(["--tiny", "--variants=fastest"])
     assert "cuda-graphs" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """Parts of the script for the first GPU that succeed, fail, hang, and find something else than we claim."""
+    (tmp_path / "tables").mkdir()
+    programs = {
+        "fine": "print('> halfway'); write([{'what': 'water is wet', 'found': 'it is', 'holds': True}])",
+        "fails": "print('some words'); raise ValueError('no such kernel')",
+        "hangs": "import time; time.sleep(60)",
+        "other": "write([{'what': 'it is fast', 'found': 'it is slow', 'holds': False}])",
+    }
+    write = "import json, pathlib\ndef write(claims): pathlib.Path({!r}).write_text(json.dumps(claims))\n"
+    monkeypatch.setattr(
+        first_gpu, "PARTS", {name: first_gpu.Part("", 2 if name == "hangs" else 30) for name in programs}
+    )
+    args = argparse.Namespace(work=tmp_path, limit=60.0)
+    return first_gpu.Runner(
+        args, lambda name: [sys.executable, "-c", write.format(str(tmp_path / f"{name}.json")) + programs[name]]
+    )
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_part_that_fails_or_hangs_costs_the_others_nothing(stand_ins, tmp_path, together, capsys):
+    parts = {name: replace(part, alone=not together) for name, part in first_gpu.PARTS.items()}
+    outcomes = first_gpu.run_all(parts, stand_ins, together)
+    line = first_gpu.report(outcomes, tmp_path / "tables", "a card")
+    printed = capsys.readouterr().out
+    assert "fine: halfway" in printed
+    assert "| ValueError: no such kernel" in printed
+    assert line.startswith(
+        "3 disagree with what we claim: fails: exit code 1: ValueError: no such kernel; hangs: killed"
+    )
+    assert line.endswith("other: it is fast: it is slow")
+    table = (tmp_path / "tables" / "claims.md").read_text()
+    assert "water is wet" in table
+    assert table.count("| yes |") + table.count("|   yes |") == 1
+
+
+def test_what_would_start_after_the_limit_is_not_started(stand_ins, tmp_path):
+    stand_ins.args.limit = 1.0
+    outcomes = first_gpu.run_all({"fine": first_gpu.PARTS["fine"]}, stand_ins, together=False)
+    assert outcomes["fine"].failure == "not started: the 1 s of --limit are used up"
+    assert first_gpu.report({}, tmp_path, "a card") == "nothing disagrees with what we claim"
+
+
+@pytest.mark.parametrize("name", ["machine", "victim-full", "distance", "real-size", "profile"])
+def test_a_part_of_the_script_for_the_first_gpu_runs_anywhere(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "work").mkdir()
+    args = first_gpu.parse(["--tiny", f"--work={tmp_path / 'work'}"])
+    first_gpu.run_part(name, args)
+    claims = json.loads((tmp_path / "work" / f"{name}.json").read_text())
+    assert all(claim["holds"] for claim in claims), claims
+    assert len(claims) == {"machine": 0, "victim-full": 2, "distance": 1, "real-size": 2, "profile": 0}[name]

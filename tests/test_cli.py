@@ -1,8 +1,12 @@
 """The command line, on every shipped config: what it writes, how it stops and goes on, what it refuses."""
 
 import json
+import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -14,15 +18,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import antidreambooth
-from antidreambooth.attack.methods import METHODS
+from antidreambooth.attack.methods import METHODS, Settings
+from antidreambooth.attack.steps import Momentum, NormalizedL2
 from antidreambooth.attack.surrogates import Offloaded
 from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
+from antidreambooth.finetuning.lora import LoRA
 from antidreambooth.photos.decoding import load_photos
 from antidreambooth.provenance import slug
-from cli import main, show
+from cli import main, parsed, show
 from lightning_modules.cloaking import Cloaking
 from tests.conftest import ROOT, SURROGATE
 from tests.helpers import files, manifest, pixels, refused, start, wait_for
@@ -30,8 +36,9 @@ from tests.helpers import files, manifest, pixels, refused, start, wait_for
 OTHERS = {"dreambooth", "dreambooth-lora", "textual-inversion", "pretraining", "people"}  # have tests of their own
 QUICK = ("aspl", "fsmg")
 CONFIGS = sorted({path.stem for path in (ROOT / "configs").glob("*.yaml")} - OTHERS)
+OWN = {"perturbation", "memory", "passes"}  # of a checkpoint
+TRAINING = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))  # as `command` says by flags
 EACH = [pytest.param(config, marks=[] if config in QUICK else pytest.mark.slow) for config in CONFIGS]
-OWN = {"perturbation", "passes"}  # of a checkpoint
 
 
 def test_every_method_has_its_config():
@@ -48,8 +55,8 @@ def test_every_config_parses(config, capsys):
     method, model = METHODS[config], printed["model"]
     assert printed["trainer"]["max_epochs"] == method.rounds
     assert model["init_args"]["pgd_steps"] == method.pgd_steps
-    assert model["class_path"].endswith("ASPL" if method.alternating else "FSMG")
-    assert method.untouched == (model["init_args"]["surrogate"] is None)
+    assert model["class_path"].endswith("ASPL" if method.surrogate == "alternating" else "FSMG")
+    assert (method.surrogate == "untouched") == (model["init_args"]["surrogate"] is None)
     assert method.several == bool(model["init_args"]["ensemble"]["backbones"])
     objective = model["init_args"]["objective"] or {"class_path": "Denoising"}
     assert objective["class_path"].endswith(type(method.objective()).__name__)
@@ -73,7 +80,7 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
     scalars = {"surrogate/clean_loss", "surrogate/cloaked_loss", "pgd/objective", "perturbation/largest"}
     assert scalars <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("pgd/objective")] == list(range(1, 26))
-    learning = METHODS[config].alternating
+    learning = METHODS[config].surrogate == "alternating"
     assert (max(event.value for event in events.Scalars("surrogate/clean_loss")) > 0) == learning
     if learning:
         assert (out / "samples" / "round-025.png").is_file()
@@ -94,16 +101,101 @@ def test_a_notebook_gets_the_same_pixels(
     main(command(f"--trainer.precision={'bf16-mixed' if bf16 else '32-true'}", config=config, rounds=2))
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     method, backbones = METHODS[config], [str(small_model), str(small_v_model)][: 1 + METHODS[config].several]
-    if not (method.alternating or method.untouched):
+    if method.surrogate == "trained":
         backbones = [str(tmp_path / "out" / "surrogates" / slug(name) / "model") for name in backbones]
     shutil.copytree(tmp_path / "out" / "cloaked", tmp_path / "wanted")
-    # What the command was told by flags, the function reads where the model keeps its own values.
-    training = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))
-    monkeypatch.setattr("antidreambooth.api.DreamBooth", lambda: training)
+    settings = Settings(training=TRAINING)
     images = [Image.open(path) for path in sorted(photos.iterdir())]
-    cloaked = antidreambooth.cloak(images, backbones[0], config, ensemble=backbones[1:], rounds=2, device="cpu")
+    first, *others = backbones
+    cloaked = antidreambooth.cloak(images, first, config, ensemble=others, settings=settings, rounds=2, device="cpu")
     for picture, path in zip(cloaked, sorted((tmp_path / "wanted").iterdir()), strict=True):
         assert np.array_equal(np.asarray(picture), pixels(path)), path.name
+
+
+LORA = ["--model.adaptation=LoRA", "--model.adaptation.rank=2"]
+L2 = ["--model.step_rule=NormalizedL2"]
+FALLING = ["--model.step_rule.schedule=linear", "--model.step_rule.random_start=true"]
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "settings"),
+    [
+        ("aspl", LORA, {"adaptation": LoRA(rank=2)}),
+        ("aspl", ["--model.micro_batch=1"], {"micro_batch": 1}),
+        (
+            "aspl",
+            ["--model.surrogate.gradient_checkpointing=true", "--model.surrogate.instance_prompt=a photo of t@t man"],
+            {"training": replace(TRAINING, gradient_checkpointing=True, instance_prompt="a photo of t@t man")},
+        ),
+        ("e-aspl", ["--model.ensemble.offload=true"], {"offload": True}),
+        ("advdm", ["--model.prompt=a photo of an old man"], {"prompt": "a photo of an old man"}),
+        ("advdm", [*L2, "--model.pgd_steps=3"], {"step_rule": NormalizedL2(), "pgd_steps": 3}),
+        (
+            "aspl",
+            ["--model.step_rule=Momentum", "--model.step_rule.decay=0.9", *FALLING],
+            {"step_rule": Momentum(0.9, schedule="linear", random_start=True)},
+        ),
+    ],
+    ids=["lora", "micro-batch", "checkpointing-prompt", "offload", "prompt", "l2", "momentum"],
+)
+def test_a_notebook_sets_what_the_command_line_sets(
+    command, config, flags, settings, small_model, small_v_model, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda: False)  # as the command's precision
+    main(command(*flags, config=config))
+    backbones = [str(small_model), str(small_v_model)][: 1 + METHODS[config].several]
+    images = [Image.open(path) for path in sorted(photos.iterdir())]
+    plain, cloaked = (
+        antidreambooth.cloak(
+            images, backbones[0], config, ensemble=backbones[1:], settings=chosen, rounds=2, device="cpu"
+        )
+        for chosen in (Settings(training=TRAINING), Settings(**{"training": TRAINING, **settings}))
+    )
+    written = [pixels(path) for path in sorted((tmp_path / "out" / "cloaked").iterdir())]
+    for picture, wanted in zip(cloaked, written, strict=True):
+        assert np.array_equal(np.asarray(picture), wanted)
+    if not {"micro_batch", "offload"} & {*settings}:  # these two change the memory alone
+        assert any(not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(plain, cloaked, strict=True))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--model.step_rule=Momentum", *FALLING], ["--model.step_rule=NormalizedL2"]], ids=["momentum", "l2"]
+)
+@pytest.mark.parametrize("config", ["aspl", "e-aspl", "advdm"])
+def test_what_a_step_rule_remembers_is_resumed_bit_for_bit(command, config, flags, tmp_path):
+    main(command(*flags, config=config, rounds=3, out="whole"))
+    interrupt = "--trainer.callbacks+=tests.lightning_modules.told.Told"
+    told = [interrupt, f"--trainer.callbacks.number={int(signal.SIGTERM)}", "--trainer.callbacks.epoch=0"]
+    with pytest.raises(SystemExit):
+        main(command(*flags, *told, config=config, rounds=3, out="parts"))
+    main(command(*flags, "--ckpt_path=last", config=config, rounds=3, out="parts"))
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+    main(command(config=config, rounds=3, out="plain"))
+    assert files(tmp_path / "whole")["a.png"] != files(tmp_path / "plain")["a.png"]
+
+
+def test_a_falling_step_size_knows_the_runs_end(command, tmp_path):
+    """More rounds would have made other steps from the first one on."""
+    main(command("--model.step_rule=Sign", "--model.step_rule.schedule=linear", rounds=2))
+    with pytest.raises(SystemExit, match="rounds: 2 then, 3 now"):
+        main(command("--model.step_rule=Sign", "--model.step_rule.schedule=linear", "--ckpt_path=last", rounds=3))
+
+
+def test_parsing_gives_all_settings_and_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs" / "aspl.yaml"
+    settings = parsed(["fit", f"--config={config}", "--model.budget=4", "--seed_everything=3", "--ckpt_path=last"])
+    model = settings.model.init_args
+    assert (model.budget, model.pgd_steps, model.surrogate.prior.images) == (4.0, 6, 200)
+    assert (settings.trainer.max_epochs, settings.seed_everything, settings.ckpt_path) == (50, 3, "last")
+    assert [entry.class_path for entry in settings.trainer.callbacks][1] == "callbacks.CloakedPhotos"
+    assert "PL_GLOBAL_SEED" not in os.environ
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(SystemExit) as stopped:
+        parsed(["fit", f"--config={config}", "--model.buget=4"])
+    assert stopped.value.code == 2
+    assert "buget" in capsys.readouterr().err
 
 
 def test_photos_so_far(command, tmp_path):
@@ -464,6 +556,18 @@ def test_a_models_terms_come_first_and_once(command, small_model, tmp_path, caps
     assert "for research only" not in capsys.readouterr().out
 
 
+def test_a_class_in_the_working_directory_is_found(tmp_path):
+    """Wherever cli.py is; in a process of its own, as pytest adds folders to the path itself."""
+    lines = ["from antidreambooth.attack.objectives import Denoising", "class Mine(Denoising):", "    pass"]
+    (tmp_path / "own_objective.py").write_text("\n".join(lines))
+    flags = ["--model=ASPL", "--data=Protection", "--model.objective=own_objective.Mine", "--print_config"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), "fit", *flags], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["model"]["init_args"]["objective"]["class_path"] == "own_objective.Mine"
+
+
 def test_flags_explain_themselves(capsys):
     for arguments in (["fit", "--model.help", "ASPL"], ["fit", "--data.help", "Protection"]):
         with pytest.raises(SystemExit):
@@ -477,3 +581,31 @@ def test_flags_explain_themselves(capsys):
         "single file",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]], ids=["alone", "help", "h"])
+def test_the_command_alone_shows_each_command_with_an_example(words, capsys):
+    show.cache_clear()
+    main(words)
+    shown = capsys.readouterr().out
+    for name in ("fit", "test", "people", "verdict"):
+        assert f"      python cli.py {name} -" in shown
+    assert len(shown.splitlines()) < 25
+
+
+@pytest.mark.parametrize("name", ["fit", "test", "people", "verdict"])
+def test_a_commands_help_starts_with_examples(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    head = capsys.readouterr().out.splitlines()[:12]
+    assert head[0].startswith(f"usage: python cli.py {name} ")
+    examples = [line for line in head if line.startswith(f"  python cli.py {name} ")]
+    assert examples
+    for example in examples:  # every file that is named is there
+        for config in re.findall(r"configs/[\w/-]+\.yaml", example):
+            assert (ROOT / config).is_file(), config
+
+
+def test_a_command_that_is_not_there_is_named():
+    refused(["fitt"], "'fitt': choose fit, test, people, verdict")

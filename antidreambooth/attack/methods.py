@@ -1,11 +1,32 @@
-"""The published methods by name: which surrogate, which objective, how many steps."""
+"""The published methods by name, and the one builder: from a method, base models and settings to surrogates and attack.
+
+A method is a row of ``METHODS``. Whoever runs one (the notebook's function, the Lightning modules, the benchmarks)
+makes an ``Assembly`` of it, lets it adopt base models, and asks it for the surrogates that a round works with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from antidreambooth.attack.objectives import Denoising, Objective, Targeted
+from antidreambooth.attack.perturbation import PGD, alone
+from antidreambooth.attack.steps import Sign, StepRule
+from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded, Surrogate
+from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.defaults import given
+from antidreambooth.finetuning.adaptation import Adaptation
+from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
+from antidreambooth.finetuning.full import Full
+from antidreambooth.finetuning.weights import Weights
+
+ClassLatents = Callable[[Backbone, PriorPreservation], Posterior | None]
+Lend = Callable[[Backbone, DreamBooth], Weights]
 
 
 @dataclass(frozen=True)
@@ -13,28 +34,169 @@ class Method:
     """A method as its paper runs it; the files in ``configs/`` say the same.
 
     Args:
+        surrogate: what is attacked: a model that learns clean and cloaked photos in turn (``alternating``), one that
+            was trained on the clean photos before (``trained``), or the base model itself (``untouched``).
         rounds: how many.
         pgd_steps: in a round.
         objective: what the perturbation maximises.
-        alternating: whether the surrogate learns in every round (ASPL) or is fixed.
-        untouched: whether a fixed surrogate is the base model itself.
         several: whether it wants more than one base model.
     """
 
+    surrogate: Literal["alternating", "trained", "untouched"]
     rounds: int
     pgd_steps: int
     objective: Callable[[], Objective] = Denoising
-    alternating: bool = False
-    untouched: bool = False
     several: bool = False
 
 
 METHODS = {
-    "aspl": Method(50, 6, alternating=True),
-    "t-aspl": Method(50, 6, Targeted, alternating=True),
-    "e-aspl": Method(50, 6, alternating=True, several=True),
-    "fsmg": Method(10, 10),
-    "t-fsmg": Method(10, 10, Targeted),
-    "e-fsmg": Method(10, 10, several=True),
-    "advdm": Method(10, 10, untouched=True),
+    "aspl": Method("alternating", rounds=50, pgd_steps=6),
+    "t-aspl": Method("alternating", rounds=50, pgd_steps=6, objective=Targeted),
+    "e-aspl": Method("alternating", rounds=50, pgd_steps=6, several=True),
+    "fsmg": Method("trained", rounds=10, pgd_steps=10),
+    "t-fsmg": Method("trained", rounds=10, pgd_steps=10, objective=Targeted),
+    "e-fsmg": Method("trained", rounds=10, pgd_steps=10, several=True),
+    "advdm": Method("untouched", rounds=10, pgd_steps=10),
 }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may want otherwise than a method's paper; the values here are the published ones.
+
+    Args:
+        budget: largest change of a pixel's value, in 8-bit steps.
+        step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
+        step_rule: what a PGD step does with the gradient.
+        pgd_steps: PGD steps in a round; the method's own when not given.
+        micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
+        objective: what the perturbation maximises; the method's own when not given.
+        training: how an alternating surrogate learns; of a model that does not learn only its checkpointing counts.
+        adaptation: what of an alternating surrogate learns: ``Full`` or, for less memory, ``LoRA``.
+        prompt: what a model that does not learn is asked for. When not given: what DreamBooth calls the person, if the
+            model was trained on them, and the model's own class prompt, if it is untouched.
+        offload: whether only the base model at work is on the device, and the others rest in main memory.
+    """
+
+    budget: float = 8.0
+    step_size: float | None = None
+    step_rule: StepRule = field(default_factory=Sign)
+    pgd_steps: int | None = None
+    micro_batch: int = 4
+    objective: Objective | None = None
+    training: DreamBooth = field(default_factory=DreamBooth)
+    adaptation: Adaptation = field(default_factory=Full)
+    prompt: str | None = None
+    offload: bool = False
+
+
+class Assembly:
+    """A method with its settings, and the base models that it is given.
+
+    Args:
+        method: as published.
+        settings: what is otherwise.
+        reduce: averages a gradient over processes.
+
+    Raises:
+        InputError: a setting is out of range; nothing has been loaded by then.
+    """
+
+    def __init__(
+        self, method: Method, settings: Settings | None = None, reduce: Callable[[Tensor], Tensor] = alone
+    ) -> None:
+        self.method, self.settings = method, settings or Settings()
+        chosen = self.settings
+        self.attack = PGD(
+            budget=chosen.budget,
+            step_size=chosen.step_size,
+            steps=given(chosen.pgd_steps, method.pgd_steps),
+            micro_batch=chosen.micro_batch,
+            objective=chosen.objective or method.objective(),
+            rule=chosen.step_rule,
+            reduce=reduce,
+        )
+        self.backbones: list[Backbone] = []
+        self.prompts: list[str] = []  # of models that do not learn
+        self.trainings: list[DreamBooth] = []  # of those that do, completed by the base models' own values
+        self.classes: list[Posterior | None] = []
+
+    @property
+    def learns(self) -> bool:
+        """Whether the surrogates learn in every round."""
+        return self.method.surrogate == "alternating"
+
+    def adopt(
+        self,
+        backbones: Sequence[Backbone],
+        class_latents: ClassLatents,
+        seed: int,
+        prompts: Sequence[str] | None = None,
+    ) -> None:
+        """Takes base models, untouched, on the device that will run them, and makes those ready that learn.
+
+        Args:
+            backbones: the base models, or what was trained on the person before.
+            class_latents: latents of a base model's class images; called while it is untouched.
+            seed: of what an adaptation adds at random.
+            prompts: what each model that does not learn is asked for; the settings' prompt when not given.
+        """
+        chosen = self.settings
+        self.backbones = list(backbones)
+        if not self.learns:
+            self.prompts = list(prompts or [given(chosen.prompt, self._usual_prompt(one)) for one in backbones])
+            if chosen.training.gradient_checkpointing:
+                for backbone in self.backbones:
+                    backbone.enable_gradient_checkpointing()
+            return
+        for backbone in self.backbones:
+            training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)
+            self.trainings.append(training)
+            self.classes.append(class_latents(backbone, training.prior) if training.prior.weight else None)
+            chosen.adaptation.apply(backbone, training, seed)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """AdamW's parameter groups: what the surrogates learn with, each at its own learning rate."""
+        return [
+            {"params": backbone.learned(), "lr": training.learning_rate, "weight_decay": training.weight_decay}
+            for backbone, training in zip(self.backbones, self.trainings, strict=True)
+        ]
+
+    def surrogates(
+        self, originals: Float[Tensor, "n 3 h w"], clean: Float[Tensor, "m 3 h w"], lend: Lend
+    ) -> list[Surrogate]:
+        """What the rounds work with, one for each base model; computes what stays the same in all of them.
+
+        Args:
+            originals: the photos to protect, in [-1, 1], on the device.
+            clean: the photos that the surrogates learn from.
+            lend: the weights of a base model that learn, with their optimizer.
+        """
+        made: list[Surrogate] = []
+        for number, backbone in enumerate(self.backbones):
+            surrogate = self._surrogate(number, clean, lend)
+            self.attack.objective.prepare(backbone, originals)
+            made.append(Offloaded(surrogate, originals.device) if self.settings.offload else surrogate)
+        return made
+
+    def _surrogate(self, number: int, clean: Tensor, lend: Lend) -> Surrogate:
+        backbone, micro_batch = self.backbones[number], self.attack.micro_batch
+        if not self.learns:
+            return Fixed(backbone, self.prompts[number])
+        training = self.trainings[number]
+        latents = backbone.encode_all(clean, micro_batch)
+        return Alternating(backbone, training, lend(backbone, training), latents, self.classes[number], micro_batch)
+
+    def _usual_prompt(self, backbone: Backbone) -> str:
+        """An untouched base model knows nobody by name."""
+        if self.method.surrogate == "untouched":
+            return backbone.defaults.class_prompt
+        return self.settings.training.instance_prompt
+
+
+def plain_weights(backbone: Backbone, training: DreamBooth) -> Weights:
+    """The weights that learn, with torch's own AdamW: for a run with one process and no training framework."""
+    assert training.learning_rate is not None
+    learned = backbone.learned()
+    rate, decay = training.learning_rate, training.weight_decay
+    return Weights(learned, torch.optim.AdamW(learned, lr=rate, weight_decay=decay, fused=True))

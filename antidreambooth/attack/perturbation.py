@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from antidreambooth.attack.objectives import Denoising, Objective
+from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, frozen
 from antidreambooth.diffusion.draws import Draw
+from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
 
 STEP = 1 / 127.5  # one 8-bit step of a pixel, in [-1, 1]
@@ -60,9 +63,18 @@ def pixel_gradient(
     return torch.cat(gradients), torch.stack(values).sum()
 
 
+class Moved(NamedTuple):
+    """What PGD leaves behind."""
+
+    images: Float[Tensor, "n 3 h w"]  # within the budget of the originals, in [-1, 1]
+    objective: Float[Tensor, ""]  # its mean over the steps
+    slope: Float[Tensor, ""]  # mean absolute gradient over the steps; the sign of a gradient hides NaN
+    memory: Tensor  # of the step rule
+
+
 @dataclass(frozen=True)
 class PGD:
-    """Projected gradient ascent on the pixels, without a random start (arXiv:1706.06083; arXiv:2303.15433, Section 4).
+    """Projected gradient ascent on the pixels (arXiv:1706.06083; arXiv:2303.15433, Section 4).
 
     Args:
         budget: largest change of a pixel, in 8-bit steps.
@@ -70,6 +82,7 @@ class PGD:
         steps: steps per call.
         micro_batch: photos whose gradient is taken at a time.
         objective: what to climb.
+        rule: what a step does with the gradient; its sign, as published, when not given.
         reduce: averages the gradient over processes.
     """
 
@@ -78,6 +91,7 @@ class PGD:
     steps: int = 6
     micro_batch: int = 4
     objective: Objective = field(default_factory=Denoising)
+    rule: StepRule = field(default_factory=Sign)
     reduce: Callable[[Tensor], Tensor] = alone
 
     def __post_init__(self) -> None:
@@ -87,8 +101,8 @@ class PGD:
             )
         if self.step_size is not None and not 0 < self.step_size <= 255:
             raise InputError(f"the step size is in 8-bit steps, above 0: got {self.step_size}")
-        if self.steps < 0 or self.micro_batch < 1:
-            raise InputError(f"pgd_steps >= 0 and micro_batch >= 1, got {self.steps} and {self.micro_batch}")
+        if self.steps < 1 or self.micro_batch < 1:
+            raise InputError(f"pgd_steps and micro_batch are 1 or more, got {self.steps} and {self.micro_batch}")
 
     @property
     def effective_step_size(self) -> float:
@@ -101,22 +115,45 @@ class PGD:
         """Nearest images within the budget."""
         return project(images, originals, self.budget * STEP)
 
+    def start(self, originals: Float[Tensor, "n 3 h w"], seed: int) -> Float[Tensor, "n 3 h w"]:
+        """The perturbation before the first step: nothing, or noise that is the same on every rank and device."""
+        if not self.rule.random_start:
+            return torch.zeros_like(originals)
+        generator = Turn(0, seed).generator(torch.device("cpu"))
+        noise = torch.rand(originals.shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1
+        return self.project(originals + self.budget * STEP * noise.to(originals), originals) - originals
+
     def __call__(
         self,
         surrogate: Surrogate,
         originals: Float[Tensor, "n 3 h w"],
         cloaked: Float[Tensor, "n 3 h w"],
+        turn: Turn,
         generator: torch.Generator,
-    ) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, ""]]:
-        """Moves ``cloaked`` by ``steps`` steps; returns it and the objective's mean over the steps."""
-        step = self.effective_step_size * STEP
+        memory: Tensor | None = None,
+    ) -> Moved:
+        """Moves ``cloaked`` by ``steps`` steps.
+
+        Args:
+            surrogate: whose gradient is climbed.
+            originals: the photos to protect, in [-1, 1].
+            cloaked: what they have become so far.
+            turn: which round of how many this is.
+            generator: of the objective's draws.
+            memory: what the step rule remembered of this surrogate in the round before; it begins anew when not given.
+        """
+        size = self.effective_step_size * STEP
         backbone = surrogate.backbone
-        total = torch.zeros((), device=originals.device)
+        memory = self.rule.begin(originals) if memory is None or not self.rule.lasting else memory
+        total, slope = torch.zeros((2,), device=originals.device)
         with frozen(backbone):
             embedding = surrogate.prompt_embedding()
-            for _ in range(self.steps):
+            for number in range(self.steps):
                 draw = self.objective.draw(backbone, cloaked, generator)
                 gradient, value = pixel_gradient(self.objective, backbone, cloaked, embedding, draw, self.micro_batch)
-                cloaked = self.project(cloaked + step * self.reduce(gradient).sign(), originals)
-                total = total + value
-        return cloaked, total / max(self.steps, 1)
+                gradient = self.reduce(gradient)
+                direction, memory = self.rule.direction(gradient, memory)
+                step = size * self.rule.factor(turn.progress(number / self.steps))
+                cloaked = self.project(cloaked + step * direction, originals)
+                total, slope = total + value, slope + gradient.abs().mean()
+        return Moved(cloaked, total / self.steps, slope / self.steps, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.errors import InputError
 
 
 class Photos(NamedTuple):
@@ -22,12 +24,56 @@ class Photos(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a round leaves behind; of several surrogates the means."""
+    """What a round leaves behind; of several surrogates the mean losses."""
 
     cloaked: Float[Tensor, "n 3 h w"]
     clean_loss: Float[Tensor, ""]
     objective: Float[Tensor, ""]
     cloaked_loss: Float[Tensor, ""]
+    slope: Float[Tensor, ""]  # mean absolute gradient of the objective in the pixels
+    weights: Float[Tensor, ""]  # norm of the weights that learn, 0 where none do
+    memory: Sequence[Tensor] = ()  # of the step rule, for each surrogate
+
+    @property
+    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """On clean photos, the objective of PGD, on cloaked photos."""
+        return self.clean_loss, self.objective, self.cloaked_loss
+
+    @property
+    def vital_signs(self) -> Float[Tensor, 5]:
+        """What ``require_vital`` looks at, in one tensor, so that one copy from the device tells."""
+        return torch.stack([*self.losses, self.slope, self.weights])
+
+
+def require_vital(signs: Sequence[float], turn: Turn) -> None:
+    """Ends a run that does not work; to be called once a round, on every rank with the same values.
+
+    Args:
+        signs: ``Outcome.vital_signs``, over all ranks.
+        turn: the round that they belong to.
+
+    Raises:
+        InputError: a number is not finite, or nothing moves the photos.
+    """
+    names = (
+        "the surrogate's loss on clean photos",
+        "the attack's objective",
+        "the surrogate's loss on cloaked photos",
+        "the gradient in the pixels",
+        "a weight of the surrogate",
+    )
+    where = f"in round {turn.number + 1} of {turn.rounds}"
+    for name, value in zip(names, signs, strict=True):
+        if not math.isfinite(value):
+            raise InputError(
+                f"{name} is no finite number any more {where}, so the photos are not protected and not delivered: try "
+                "a lower --model.surrogate.learning_rate, --trainer.precision 32-true or another base model"
+            )
+    if signs[3] == 0:
+        raise InputError(
+            f"the gradient in the pixels is 0 {where}, so nothing moves the photos and none is delivered: try another "
+            "base model or --model.objective"
+        )
 
 
 def alternate(
@@ -36,6 +82,7 @@ def alternate(
     cloaked: Float[Tensor, "n 3 h w"],
     attack: PGD,
     turn: Turn,
+    memory: Sequence[Tensor] | None = None,
 ) -> Outcome:
     """One round of ASPL (arXiv:2303.15433, Section 4: alternating surrogate and perturbation learning).
 
@@ -49,19 +96,26 @@ def alternate(
         cloaked: what they have become so far.
         attack: projected gradient descent with its objective and budget.
         turn: number, seed and rank of this round.
+        memory: what the step rule remembered of each surrogate in the round before; None before the first one.
 
     Returns:
-        The photos after this round, the mean losses of both surrogate phases and the mean objective.
+        The photos after this round, the mean losses of both surrogate phases, the mean objective, and the memory.
     """
     generator = turn.generator(originals.device)
-    moved: list[Tensor] = []
-    clean_losses, objectives = [], []
-    for surrogate in surrogates:
+    clean_losses, moved = [], []
+    for number, surrogate in enumerate(surrogates):
         with surrogate.borrowed():
             clean_losses.append(surrogate.learn_clean(turn, generator))
-            images, objective = attack(surrogate, originals, cloaked, generator)
-        moved.append(images)
-        objectives.append(objective)
-    cloaked = attack.project(torch.stack(moved).mean(dim=0), originals)
+            before = None if memory is None else memory[number]
+            moved.append(attack(surrogate, originals, cloaked, turn, generator, before))
+    cloaked = attack.project(torch.stack([one.images for one in moved]).mean(dim=0), originals)
     cloaked_losses = [surrogate.learn_cloaked(cloaked, turn, generator) for surrogate in surrogates]
-    return Outcome(cloaked, *(torch.stack(values).mean() for values in (clean_losses, objectives, cloaked_losses)))
+    return Outcome(
+        cloaked,
+        clean_loss=torch.stack(clean_losses).mean(),
+        objective=torch.stack([one.objective for one in moved]).mean(),
+        cloaked_loss=torch.stack(cloaked_losses).mean(),
+        slope=torch.stack([one.slope for one in moved]).mean(),
+        weights=torch.stack([surrogate.weight_norm().to(originals.device) for surrogate in surrogates]).mean(),
+        memory=[one.memory for one in moved],
+    )

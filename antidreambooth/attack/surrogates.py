@@ -41,6 +41,10 @@ class Surrogate(Protocol):
         """The prompt that the attack expects, as the text encoder sees it now."""
         ...
 
+    def weight_norm(self) -> Float[Tensor, ""]:
+        """Norm of the weights that learn: not finite as soon as one of them is not."""
+        ...
+
 
 class Fixed:
     """A surrogate that does not learn.
@@ -74,6 +78,10 @@ class Fixed:
     def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
         """The prompt."""
         return self.backbone.embed([self.prompt])
+
+    def weight_norm(self) -> Float[Tensor, ""]:
+        """No weight learns."""
+        return torch.zeros((), device=self.backbone.alphas_cumprod.device)
 
 
 class Alternating:
@@ -136,6 +144,10 @@ class Alternating:
         """The instance prompt, as the text encoder sees it now."""
         return self.backbone.embed([self.training.instance_prompt])
 
+    def weight_norm(self) -> Float[Tensor, ""]:
+        """The weights' own, or that of this process's part of them."""
+        return self.weights.norm()
+
 
 class Offloaded:
     """Another surrogate, on the device only while it is at work: several large base models share one card.
@@ -177,3 +189,7 @@ class Offloaded:
     def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
         """The other's; call it while borrowed."""
         return self.surrogate.prompt_embedding()
+
+    def weight_norm(self) -> Float[Tensor, ""]:
+        """The other's, computed where its weights rest."""
+        return self.surrogate.weight_norm()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.sampling import noise_of, sample
+from antidreambooth.files import writing
 from antidreambooth.photos.delivery import write_png
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -50,6 +51,9 @@ def class_images(
         seed: of the noise.
         batch: how many are sampled at a time.
         progress: wraps the loop over batches, for a progress bar.
+
+    Raises:
+        InputError: they cannot be written to the cache.
     """
     made_by: dict[str, Any] = {
         "backbone": backbone.fingerprint(),
@@ -62,9 +66,11 @@ def class_images(
     }
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / key
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{index:04d}.png" for index in range(count)]
-    with FileLock(folder.with_suffix(".lock")):
+    with writing(folder, "make room and make it writable, or name another cache folder with XDG_CACHE_HOME"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock")).acquire()
+    with lock:
         starts = [s for s in range(0, count, batch) if not all(file.is_file() for file in files[s : s + batch])]
         for start in progress(starts):
             # Always a whole batch, so that the pictures do not depend on how many were asked for.

@@ -71,15 +71,21 @@ class Defaults:
 
     @classmethod
     def read(cls, folder: Path) -> Defaults:
-        """The defaults in a model's folder; the published ones where it has no file of them."""
+        """The defaults in a model's folder; the published ones where it has no file of them.
+
+        Raises:
+            InputError: the file cannot be read, is no JSON object, or has other keys than these.
+        """
         file = folder / FILE
         if not file.is_file():
             return cls()
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise InputError(f"{file} cannot be used: it is no JSON object; its keys are those of {cls.__name__}")
             recipes = {key: Recipe(**value) for key, value in values.items() if isinstance(value, dict)}
             return cls(**{**values, **recipes})
-        except (AttributeError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:  # TypeError: a dataclass's, for a key that it does not have
             raise InputError(f"{file} cannot be used: {error}; its keys are those of {cls.__name__}") from error
 
     def write(self, folder: Path) -> None:

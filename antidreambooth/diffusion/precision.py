@@ -1,6 +1,38 @@
-"""Whether low precision pays on this machine."""
+"""Precision: whether less of it pays on this machine, and where results must not depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+
+@contextmanager
+def made_on_cpu() -> Iterator[None]:
+    """Tensors that are made without saying where, and of what kind, are fp32 on the CPU inside.
+
+    Lightning builds models with the GPU as the default device. There a noise schedule has other bits, by which class
+    images and checkpoints would not be found again on another machine, and a LoRA starts from other random numbers.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast inside, on the device and on the CPU: pictures and measures must not depend on what a machine can.
+
+    Args:
+        device: where the computation runs.
+    """
+    with torch.autocast(device.type, enabled=False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def computes_in_bf16() -> bool:

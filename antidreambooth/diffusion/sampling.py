@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,21 @@ def sample(
     guidance_scale: float | None = None,
     steps: int | None = None,
 ) -> UInt8[Tensor, "n 3 H W"]:
-    """Pictures of a prompt from given noise, in 8 bits; the backbone's own guidance and steps when not given."""
+    """Pictures of a prompt from given noise, in 8 bits; the backbone's own guidance and steps when not given.
+
+    Latents are drawn in the precision of whoever asks, and decoded in fp32: low precision would show in the pixels.
+    """
     with evaluating(backbone):
-        images: Tensor = backbone.pipeline()(
+        latents: Tensor = backbone.pipeline()(
             prompt=[prompt] * len(noise),
             latents=noise,
             guidance_scale=backbone.defaults.guidance_scale if guidance_scale is None else guidance_scale,
             num_inference_steps=steps or backbone.defaults.sampling_steps,
-            output_type="pt",
+            output_type="latent",
         ).images
-    return eight_bits(images)
+        with full_precision(latents.device):
+            images = backbone.decode(latents.float())
+    return eight_bits(images * 0.5 + 0.5)
 
 
 def eight_bits(images: Float[Tensor, "n 3 H W"]) -> UInt8[Tensor, "n 3 H W"]:

@@ -19,17 +19,23 @@ class Turn:
         seed: the run's seed.
         rank: this process among ``ranks``.
         ranks: processes that work on the same photos.
+        rounds: of the whole run, which a falling step size has to know.
     """
 
     number: int
     seed: int = 0
     rank: int = 0
     ranks: int = 1
+    rounds: int = 1
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A fresh source of noise for this round."""
         (word,) = np.random.SeedSequence([self.seed, self.rank, self.number]).generate_state(1, np.uint64)
         return torch.Generator(device).manual_seed(int(word))
+
+    def progress(self, share: float) -> float:
+        """How much of the run is done, from 0 to 1, after ``share`` (0 to 1) of this round."""
+        return (self.number + share) / self.rounds
 
     def batches(self, steps: int, size: int, count: int) -> list[Int[Tensor, " size"]]:
         """Which of ``count`` images this rank trains on in each step of a phase.

@@ -161,7 +161,8 @@ class Found(NamedTuple):
 
 
 def find(model: FaceModel, images: UInt8[Tensor, "n 3 h w"]) -> Found:
-    """The largest face of each picture (on the CPU, 8 bits)."""
+    """The largest face of each picture; what is found is on the CPU, where face models work, wherever pictures are."""
+    images = images.cpu()
     faces = [model.faces(image)[:1] for image in images]
     present = torch.tensor([bool(found) for found in faces], dtype=torch.bool)
     aligned = [model.align(image, face) for image, found in zip(images, faces, strict=True) for face in found]
@@ -179,7 +180,8 @@ def reference(model: FaceModel, pictures: Sequence[tuple[str, Tensor]]) -> Float
     Raises:
         InputError: No photo holds a face.
     """
-    found = [(name, image, model.faces(image)) for name, image in pictures]
+    on_cpu = [(name, image.cpu()) for name, image in pictures]  # a GPU has no kernels for what these models do
+    found = [(name, image, model.faces(image)) for name, image in on_cpu]
     without = ", ".join(name for name, _, faces in found if not faces)
     several = ", ".join(name for name, _, faces in found if len(faces) > 1)
     if not any(faces for _, _, faces in found):
@@ -225,11 +227,11 @@ def _uniface() -> _UniFace:
     try:
         from uniface import ArcFace, RetinaFace, face_alignment
         from uniface.constants import ArcFaceWeights
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise InputError("UniFace needs the extra uniface: pip install -e '.[uniface]'") from error
     try:
         return _UniFace(RetinaFace(), ArcFace(model_name=ArcFaceWeights.RESNET), face_alignment)
-    except (OSError, RuntimeError) as error:  # no network, no room, or a damaged file
+    except (OSError, ValueError) as error:  # no network or no room; a file with another hash
         raise InputError(
             f"the weights of UniFace cannot be fetched ({error}): check the network, or copy ~/.uniface/models from a "
             f"machine that has them (UNIFACE_CACHE_DIR names another folder)"

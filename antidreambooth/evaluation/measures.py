@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.evaluation.brisque import brisque, brisque_available
 from antidreambooth.evaluation.faces import FaceModel, Found, find
 from antidreambooth.evaluation.per_image import PerImage
@@ -151,11 +152,12 @@ class FaceMeasures(MetricCollection):
         self.model = model
 
     def forward_images(self, images: UInt8[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, " n"]]:
-        """Takes in pictures (on the CPU, 8 bits) and returns a column for each measure of them.
+        """Takes in pictures (8 bits) and returns a column for each measure of them, in fp32 even under autocast.
 
         ``face`` and ``accepted`` are 0 or 1; ``ism``, ``distance`` and ``stability`` are NaN without a face.
         """
-        self.update(found=find(self.model, images), images=images)
+        with full_precision(cast(PerImage, self["fdfr"]).device):
+            self.update(found=find(self.model, images), images=images)
         columns = {name: cast(PerImage, metric).values[-1] for name, metric in self.items()}
         return {"face": 1 - columns.pop("fdfr"), "accepted": columns.pop("acceptance"), **columns}
 

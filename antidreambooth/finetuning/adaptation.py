@@ -13,7 +13,8 @@ import torch
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults, Role, given
-from antidreambooth.errors import InputError
+from antidreambooth.diffusion.precision import made_on_cpu
+from antidreambooth.errors import InputError, first_line
 from antidreambooth.finetuning.dreambooth import DreamBooth
 
 
@@ -45,7 +46,7 @@ class Adaptation(ABC):
 
     def apply(self, backbone: Backbone, training: DreamBooth, seed: int) -> None:
         """Makes an untouched backbone ready to learn, on the device where it is."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), made_on_cpu():
             torch.manual_seed(seed)  # a LoRA starts from random numbers
             self.prepare(backbone, bool(training.train_text_encoder))
         backbone.to(backbone.alphas_cumprod.device)
@@ -83,13 +84,15 @@ class Untrained(Adaptation):
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turns what loading raises, whatever it is, into one message with the fix."""
+    """Turns what is known to go wrong while a result is loaded into one message with the fix."""
     try:
         yield
-    # diffusers, peft and safetensors raise unrelated types for a missing file, another shape, a damaged file.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (InputError, OSError, ValueError, RuntimeError) as error:
+        # InputError: the loader's; OSError: a file is missing or damaged; ValueError: embeddings of another width.
+        # RuntimeError: weights of another shape, in the words of torch; any other one is a bug, or want of memory.
+        if isinstance(error, RuntimeError) and not str(error).startswith("Error(s) in loading state_dict"):
+            raise
         raise InputError(
-            f"{folder} holds no result of this victim on this backbone ({reason}): run `fit` with the same "
+            f"{folder} holds no result of this victim on this backbone ({first_line(error)}): run `fit` with the same "
             f"--model.backbone and --model.adaptation first"
         ) from error

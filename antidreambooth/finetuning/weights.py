@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 
@@ -47,6 +49,12 @@ class Weights:
         """Puts copies back in place."""
         for parameter, value in zip(self.parameters, kept, strict=True):
             parameter.copy_(value)
+
+    @torch.no_grad()
+    def norm(self) -> Float[Tensor, ""]:
+        """Norm of all weights, or of this process's part of them; no copy from the device."""
+        parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in self.parameters]
+        return get_total_norm(parts).float()
 
     def step(self, loss: Float[Tensor, ""]) -> None:
         """One optimizer step; leaves no gradient behind."""

@@ -56,7 +56,7 @@ def read_pictures(folder: Path) -> Pictures:
     try:
         pixels = np.load(array, mmap_mode="r", allow_pickle=False)
         captions = json.loads(texts.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:  # EOFError: numpy's, for an empty file
         lost = next((file for file in (array, texts) if not file.is_file()), folder)
         raise InputError(
             f"{lost} cannot be read: the folder must hold pictures.npy (n side side 3, uint8) and captions.json "

@@ -1,6 +1,7 @@
 """Photos in, cloaked photos out: the only place that knows files, EXIF, colour profiles and pixel ranges."""
 
 import hashlib
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -122,8 +123,10 @@ def flatten(image: Image.Image, name: str) -> Image.Image:
     Raises:
         InputError: As ``decode``.
     """
-    with warnings.catch_warnings(), _decoding(name):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        with _decoding(name):
+            image.load()
         image = _upright(image)
         colours, alpha = _separate(image, name)
     profile = None if image.mode == "LAB" else image.info.get("icc_profile")  # Pillow took L*a*b* to sRGB already
@@ -133,15 +136,14 @@ def flatten(image: Image.Image, name: str) -> Image.Image:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Pillow's errors, of whatever kind, as one that names the file."""
+    """Turns what decoders say of a file that they cannot read into one error that names it."""
     try:
         yield
     except Image.DecompressionBombError as error:  # raised on opening, before pixels are decoded
         size = str(error).partition(",")[0]
         raise InputError(f"{name} is too large to be decoded safely: {size}; scale it down") from error
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # decoders raise anything
+    # What some 600,000 files, truncated or with bytes changed, made Pillow raise, and libheif (RuntimeError).
+    except (OSError, EOFError, SyntaxError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} cannot be decoded: it is truncated or no image; remove it or save it anew") from error
 
 
@@ -169,11 +171,10 @@ def _load(path: Path, resolution: int) -> Photo:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """All pixels decoded and turned as EXIF says; Pillow's TIFF and pillow_heif's HEIC come turned, without the tag."""
-    image.load()
+    """Decoded pixels, turned as EXIF says; Pillow's TIFF and pillow_heif's HEIC come turned, without the tag."""
     try:
         transpose = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # the EXIF block is broken, the pixels are not
+    except (OSError, EOFError, SyntaxError, ValueError, struct.error):  # the EXIF block is broken, the pixels are not
         return image
     return image if transpose is None else image.transpose(transpose)
 

@@ -1,6 +1,6 @@
 """A folder of people, each with photos: everybody's are cloaked by a run of their own, shared out over workers.
 
-Run the same command again to go on after an interruption and to retry whoever failed: who is done is skipped.
+Run the same command again to continue after an interruption and to retry whoever failed: who is done is skipped.
 """
 
 from __future__ import annotations
@@ -16,21 +16,25 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
+from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.errors import InputError
 from antidreambooth.files import write_atomically
+from launch.cost import attacked
+from launch.help import PEOPLE, USAGE, Help
 from launch.jobs import workers_of
-from launch.people.dry_run import State, configuration, plan
+from launch.people.dry_run import State, plan
 from launch.people.folders import People
-from launch.runs import Fit, cloak_photos, command, finished
+from launch.runs import Fit, Parse, cloak_photos, command, finished
 from launch.tasks import Task, failures, share_out, work
 
 
-def people(arguments: list[str], fit: Fit) -> None:
+def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
     """Cloaks everybody's photos, or (as one of the jobs) does a share of it.
 
     Args:
         arguments: the command line after ``people``.
         fit: runs a command line of this project.
+        parse: gives the settings of one.
     """
     options = parser().parse_args(arguments)
     job = read_people(options)
@@ -39,12 +43,13 @@ def people(arguments: list[str], fit: Fit) -> None:
         tasks = [Task(job.record(name), partial(protect, job, name, fit)) for name in job.everyone]
         work(tasks, options.share, job.logs)
         return
-    run = configuration(command(job.protection, {}), fit)
-    for terms in run.terms:
-        print(terms, flush=True)
+    settings = parse(command(job.protection, {}))  # a wrong flag ends here, and not once for each person
+    for terms in dict.fromkeys(read_defaults(name).notice for name, _ in attacked(settings)):
+        if terms:
+            print(terms, flush=True)
     changed = changed_since(job)
     if options.dry_run:
-        print("\n".join(plan(job, states(job, changed), run)), flush=True)
+        print("\n".join(plan(job, states(job, changed), settings, parse)), flush=True)
         return
     if left := sum(not record.is_file() for record in records):
         print(f"{left} of {len(records)} people to do, {min(left, workers_of(job.launcher))} at a time", flush=True)
@@ -63,7 +68,7 @@ def people(arguments: list[str], fit: Fit) -> None:
 
 def parser() -> ArgumentParser:
     """The command's options."""
-    options = ArgumentParser(prog="cli.py people", description=__doc__)
+    options = ArgumentParser(prog="cli.py people", description=PEOPLE, usage=USAGE["people"], formatter_class=Help)
     options.add_argument("-c", "--config", action="config", help="a file of these options, see configs/people.yaml")
     options.add_argument("--dry_run", action="store_true", help="print who is to be done, time and disk; write nothing")
     options.add_argument("--share", type=str | None, help="NUMBER/JOBS, given to the jobs that this starts")
@@ -80,7 +85,10 @@ def read_people(options: Namespace) -> People:
 
 
 def protect(job: People, name: str, fit: Fit) -> None:
-    """Cloaks a person's photos, or goes on with it; does nothing where it is done, which ``changed_since`` checks."""
+    """Cloaks a person's photos, or resumes an interrupted run; does nothing where the photos are cloaked already.
+
+    Whether these were cloaked with the same settings is checked by ``changed_since``.
+    """
     if not job.record(name).is_file():
         with no_warnings():  # the run has them, too
             settings = job.settings(name)
@@ -88,7 +96,7 @@ def protect(job: People, name: str, fit: Fit) -> None:
 
 
 def changed_since(job: People) -> dict[str, str]:
-    """Who is done, but with other settings or photos, and what differs."""
+    """Who was cloaked with other settings or photos than those of now, and what differs, by name."""
     changed = {}
     done = [name for name in job.everyone if job.record(name).is_file()]
     for name in tqdm(done, desc="who is done", unit="", file=sys.stdout, dynamic_ncols=True, disable=not done):
@@ -102,7 +110,7 @@ def changed_since(job: People) -> dict[str, str]:
 
 @contextmanager
 def no_warnings() -> Iterator[None]:
-    """Nothing is said about files that are no photos."""
+    """Silences warnings about files that are no photos: each person's own run gives them, too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -112,8 +120,8 @@ def states(job: People, changed: dict[str, str]) -> list[State]:
     """How far everybody is.
 
     Args:
-        job: whose.
-        changed: who is done in another way, see ``changed_since``.
+        job: whose photos are cloaked.
+        changed: who was cloaked with other settings, see ``changed_since``.
     """
     reasons = {**failures([job.record(name) for name in job.everyone]), **changed}
     found = []
@@ -143,7 +151,7 @@ def write_summary(job: People, found: list[State]) -> None:
 
 
 def psnr(run: Path) -> float | None:
-    """Of a run's cloaked photos, on average."""
+    """Mean PSNR of a run's cloaked photos in dB; None where no photo was changed."""
     photos = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["photos"]
     known = [photo["psnr"] for photo in photos if photo["psnr"] is not None]
     return round(sum(known) / len(known), 1) if known else None

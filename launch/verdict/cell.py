@@ -1,4 +1,7 @@
-"""One cell: photos as they arrive at the attacker, a victim trained on them, its pictures measured."""
+"""A verdict's tasks: cloaks, and cells (a victim trained on photos as they reach the attacker, its pictures measured).
+
+Both hold all that they need; ``experiment.py`` makes them.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import json
 import shlex
 import shutil
 import time
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,63 +20,214 @@ from torch import Tensor
 from antidreambooth.attack.perturbation import random_noise
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.loading import load_backbone, read_defaults, resolution_of
+from antidreambooth.diffusion.sampling import Generation
 from antidreambooth.errors import InputError
-from antidreambooth.evaluation.conditions import Scene
+from antidreambooth.evaluation.conditions import Condition, Scene
 from antidreambooth.files import write_json
 from antidreambooth.photos.decoding import find_photos, load_photos
 from antidreambooth.photos.delivery import cloaked_names, write_png
-from antidreambooth.provenance import describe
+from antidreambooth.provenance import describe, slug
 from launch.runs import Fit, cloak_photos, contents, finished, located
-from launch.verdict.experiment import BASE, Cell, Cloak, Experiment, Person
 
+BASE = "base"  # the protection of the control, a base model that is trained on nobody
 CALLBACKS = '[{"class_path": "TrainedModel"}, {"class_path": "Likeness"}]'
+Origin = Literal["none", "noise", "folder", "run"]  # published photos: as they were, noisy, given, cloaked by us
 
 
-def make_cloak(experiment: Experiment, cloak: Cloak, fit: Fit) -> None:
-    """Cloaks a person's photos, or goes on with it; does nothing where it is done."""
-    person, settings = experiment.everyone()[cloak.person], cloak_settings(experiment, cloak)
+@dataclass(frozen=True)
+class Person:
+    """Whose photos these are.
+
+    Args:
+        photos: folder of the photos to protect, the papers' set_B.
+        clean_photos: folder of other photos, which a cloak may learn from and which tell whether it is them: set_A.
+        extra_photos: folder of further clean photos, for reference and for mixing in: set_C.
+    """
+
+    photos: str
+    clean_photos: str
+    extra_photos: str | None = None
+
+    @property
+    def references(self) -> list[str]:
+        """Folders of clean photos to compare with."""
+        return [self.clean_photos, *([self.extra_photos] if self.extra_photos else [])]
+
+
+@dataclass(frozen=True)
+class Cloak:
+    """One person's photos under one protection. The first four values tell one cloak from another.
+
+    Args:
+        person: their name.
+        protection: its name.
+        budget: largest change of a pixel's value, in 8-bit steps; 0 where there is no choice of it.
+        seed: of whatever is random in it.
+        folders: the person's photos.
+        origin: where the published photos come from.
+        how: as the experiment says it: ``none``, ``noise``, a folder, or a config file and its flags.
+        backbone: the base model that is attacked.
+        root: folder of the experiment's results.
+        keep_models: whether the weights of FSMG's surrogates are kept.
+    """
+
+    person: str
+    protection: str
+    budget: float
+    seed: int
+    folders: Person = field(compare=False)
+    origin: Origin = field(compare=False)
+    how: str = field(compare=False)
+    backbone: str = field(compare=False)
+    root: Path = field(compare=False)
+    keep_models: bool = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return slug(f"{self.person}-{self.protection}-{self.budget:g}-s{self.seed}")
+
+    @property
+    def record(self) -> Path:
+        """The file that exists once a run has made this cloak; the results lie in the same folder."""
+        return self.root / "cloaks" / self.name / "done.json"
+
+    @property
+    def source(self) -> Path:
+        """The folder of the photos that this starts from: the person's, or those that somebody else protected."""
+        return Path(self.how if self.origin == "folder" else self.folders.photos)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the pixels depend on. A finished cloak is recognised by it, so its keys are a file format.
+
+        Raises:
+            InputError: a photo cannot be decoded.
+        """
+        return {
+            "backbone": self.backbone,
+            "protection": self.how,
+            "budget": self.budget,
+            "seed": self.seed,
+            "photos": contents(self.folders.photos),
+            "clean_photos": contents(self.folders.clean_photos),
+            **({"protected": contents(self.how)} if self.origin == "folder" else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One victim, trained on photos after what happened to them on the way. The first four values tell cells apart.
+
+    Args:
+        cloak: the photos as they are published.
+        condition: name of what happens to them on the way.
+        victim: its name.
+        seed: of the victim's training.
+        conditions: what happens to the photos, in this order.
+        how: the victim's config file and its flags.
+        trained: whether the victim is trained on the photos; the control is not trained at all.
+        generation: which pictures the victim is asked for.
+        keep_models: whether the victim's weights are kept.
+    """
+
+    cloak: Cloak
+    condition: str
+    victim: str
+    seed: int
+    conditions: tuple[Condition, ...] = field(compare=False)
+    how: str = field(compare=False)
+    trained: bool = field(compare=False)
+    generation: Generation = field(compare=False)
+    keep_models: bool = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return slug(f"{self.cloak.name}-{self.condition}-{self.victim}-v{self.seed}")
+
+    @property
+    def record(self) -> Path:
+        """The file that exists once the cell is done; the results lie in the same folder."""
+        return self.cloak.root / "cells" / self.name / "cell.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the figures depend on. A finished cell is recognised by it, so its keys are a file format.
+
+        Raises:
+            InputError: a photo cannot be decoded.
+        """
+        return {
+            "cloak": self.cloak.settings,
+            "victim": self.how if self.trained else BASE,
+            "condition": describe(self.conditions),
+            "seed": self.seed,
+            "generation": describe(self.generation),
+            "defaults": describe(read_defaults(self.cloak.backbone)),
+            "references": [contents(folder) for folder in self.cloak.folders.references],
+        }
+
+    @property
+    def training(self) -> list[str]:
+        """The command line that trains the victim."""
+        photos = self.record.parent / "photos"
+        own = [f"--data.photos={photos}", "--checkpoint.every_n_train_steps=0"]
+        return ["fit", *self._words(), *own, *self._flags()]
+
+    @property
+    def test(self) -> list[str]:
+        """The command line that has the victim draw and measures the pictures."""
+        asked = {name: value for name, value in vars(self.generation).items() if value is not None}
+        own = [f"--data.reference_photos={json.dumps(self.cloak.folders.references)}"]
+        own += [f"--model.generation.{name}={json.dumps(value)}" for name, value in asked.items()]
+        return ["test", *self._words(), *own, *self._flags()]
+
+    def _words(self) -> list[str]:
+        return [
+            f"--config={located(shlex.split(self.how)[0])}",
+            f"--model.backbone={self.cloak.backbone}",
+            f"--seed_everything={self.seed}",
+            f"--trainer.default_root_dir={self.record.parent}",
+            f"--trainer.callbacks={CALLBACKS}",
+            "--trainer.enable_progress_bar=false",
+        ]
+
+    def _flags(self) -> list[str]:
+        """A victim's own flags come last: it may ask for other pictures than the others, or use another base model."""
+        return [*shlex.split(self.how)[1:], *([] if self.trained else ["--model.adaptation=Untrained"])]
+
+
+def make_cloak(cloak: Cloak, fit: Fit) -> None:
+    """Cloaks a person's photos, or resumes an interrupted run; does nothing where the photos are cloaked already."""
     given = {
-        "model.backbone": experiment.backbone,
+        "model.backbone": cloak.backbone,
         "model.budget": cloak.budget,
-        "data.photos": person.photos,
-        "data.clean_photos": person.clean_photos,
+        "data.photos": cloak.folders.photos,
+        "data.clean_photos": cloak.folders.clean_photos,
         "seed_everything": cloak.seed,
     }
-    how, done = experiment.protections[cloak.protection], experiment.cloak_record(cloak)
-    cloak_photos(done, settings, how, given, fit, experiment.keep_models)
+    cloak_photos(cloak.record, cloak.settings, cloak.how, given, fit, cloak.keep_models)
 
 
-def run_cell(experiment: Experiment, cell: Cell, fit: Fit) -> None:
-    """Trains and measures one victim; does nothing where it is done."""
-    done, settings = experiment.cell_record(cell), cell_settings(experiment, cell)
-    root = done.parent
-    if finished(done, settings):
+def run_cell(cell: Cell, fit: Fit) -> None:
+    """Trains one victim and measures its pictures; does nothing where that is done.
+
+    Raises:
+        InputError: the photos' cloak is not finished, or the cell was made with other settings.
+    """
+    root, settings = cell.record.parent, cell.settings
+    if finished(cell.record, settings):
         return
-    shutil.rmtree(root, ignore_errors=True)  # half a cell is a cell to be started anew
-    person, started = experiment.everyone()[cell.cloak.person], time.monotonic()
-    common = [
-        f"--model.backbone={experiment.backbone}",
-        f"--seed_everything={cell.seed}",
-        f"--trainer.default_root_dir={root}",
-        f"--trainer.callbacks={CALLBACKS}",
-        "--trainer.enable_progress_bar=false",
-    ]
-    control = cell.cloak.protection == BASE  # the first victim without its training: same faces, same flags
-    config, *flags = shlex.split(experiment.victims[next(iter(experiment.victims)) if control else cell.victim])
-    victim = [f"--config={located(config)}", *common]
-    if control:
-        flags.append("--model.adaptation=Untrained")
-    else:
-        published = given_folder(experiment, cell.cloak) or Path(person.photos)
-        names = cloaked_names([path.name for path in find_photos(published)])
-        for name, photo in zip(names, arriving(experiment, cell), strict=True):
+    shutil.rmtree(root, ignore_errors=True)  # a cell cannot be resumed
+    started = time.monotonic()
+    if cell.trained:
+        names = cloaked_names([path.name for path in find_photos(cell.cloak.source)])
+        for name, photo in zip(names, arriving(cell), strict=True):
             write_png(root / "photos" / name, photo)
-        fit(["fit", *victim, f"--data.photos={root / 'photos'}", "--checkpoint.every_n_train_steps=0", *flags])
-    generation = {key: value for key, value in vars(experiment.generation).items() if value is not None}
-    asked = [f"--model.generation.{key}={json.dumps(value)}" for key, value in generation.items()]
-    # A victim's own flags come last: it may ask for other pictures than the others.
-    fit(["test", *victim, f"--data.reference_photos={json.dumps(person.references)}", *asked, *flags])
-    if not experiment.keep_models:
+        fit(cell.training)
+    fit(cell.test)
+    if not cell.keep_models:
         for folder in ("model", "lora", "textual_inversion", "checkpoints"):
             shutil.rmtree(root / folder, ignore_errors=True)
     record = {
@@ -87,87 +242,48 @@ def run_cell(experiment: Experiment, cell: Cell, fit: Fit) -> None:
         "complete": True,
         "settings": settings,
     }
-    write_json(done, record)
+    write_json(cell.record, record)
 
 
-def protected(experiment: Experiment, cloak: Cloak) -> Tensor:
-    """A person's photos as they are published, n 3 h w in 8 bits."""
-    how, photos = experiment.protections[cloak.protection], originals(experiment, cloak.person)
-    if how == "none":
-        return photos
-    if how == "noise":
-        return random_noise(photos, cloak.budget, cloak.seed)
-    folder = given_folder(experiment, cloak)
-    if folder is None:
-        done = experiment.cloak_record(cloak)
-        if not done.is_file():  # an interrupted one holds photos, too
-            raise InputError(f"its cloak is not finished: {cloak.name}")
-        folder = done.parent / "cloaked"
-    return pixels(folder, resolution(experiment))
-
-
-def given_folder(experiment: Experiment, cloak: Cloak) -> Path | None:
-    """Where the photos lie that somebody else protected."""
-    how = experiment.protections.get(cloak.protection, BASE)
-    return Path(how) if how not in ("none", "noise", BASE) and Path(how).is_dir() else None
-
-
-def arriving(experiment: Experiment, cell: Cell) -> Tensor:
-    """The published photos after what happened to them on the way."""
-    person, side = experiment.everyone()[cell.cloak.person], resolution(experiment)
-    others = person.extra_photos or person.clean_photos
-    scene = Scene(partial(untouched, experiment.backbone), pixels(Path(others), side), cell.cloak.seed)
-    photos = protected(experiment, cell.cloak)
-    for condition in experiment.conditions[cell.condition]:
+def arriving(cell: Cell) -> Tensor:
+    """The published photos after what happened to them on the way, n 3 h w in 8 bits."""
+    cloak = cell.cloak
+    others = cloak.folders.extra_photos or cloak.folders.clean_photos
+    scene = Scene(partial(untouched, cloak.backbone), pixels(others, resolution_of(cloak.backbone)), cloak.seed)
+    photos = protected(cloak)
+    for condition in cell.conditions:
         photos = condition(photos, scene)
     return photos
 
 
-def originals(experiment: Experiment, person: str) -> Tensor:
+def protected(cloak: Cloak) -> Tensor:
+    """A person's photos as they are published, n 3 h w in 8 bits.
+
+    Raises:
+        InputError: they have to be cloaked first.
+    """
+    if cloak.origin == "none":
+        return originals(cloak)
+    if cloak.origin == "noise":
+        return random_noise(originals(cloak), cloak.budget, cloak.seed)
+    if cloak.origin == "folder":
+        return pixels(cloak.how, resolution_of(cloak.backbone))
+    if not cloak.record.is_file():  # the folder of an interrupted run holds photos, too
+        raise InputError(f"its cloak is not finished: {cloak.name}")
+    return pixels(str(cloak.record.parent / "cloaked"), resolution_of(cloak.backbone))
+
+
+def originals(cloak: Cloak) -> Tensor:
     """A person's photos as they were, n 3 h w in 8 bits."""
-    return pixels(Path(experiment.everyone()[person].photos), resolution(experiment))
+    return pixels(cloak.folders.photos, resolution_of(cloak.backbone))
 
 
-def resolution(experiment: Experiment) -> int:
-    """Side of all pictures."""
-    return resolution_of(experiment.backbone)
-
-
-def pixels(folder: Path, side: int) -> Tensor:
-    """All photos of a folder."""
-    return torch.stack([photo.pixels for photo in load_photos(folder, side)])
+def pixels(folder: str, side: int) -> Tensor:
+    """All photos of a folder, n 3 side side in 8 bits."""
+    return torch.stack([photo.pixels for photo in load_photos(Path(folder), side)])
 
 
 @cache
 def untouched(name: str) -> Backbone:
     """The base model, loaded once for all cells of a worker."""
     return load_backbone(name)
-
-
-def cloak_settings(experiment: Experiment, cloak: Cloak) -> dict[str, Any]:
-    """What a cloak's pixels depend on."""
-    person: Person = experiment.everyone()[cloak.person]
-    given = given_folder(experiment, cloak)
-    return {
-        "backbone": experiment.backbone,
-        "protection": experiment.protections.get(cloak.protection, BASE),
-        "budget": cloak.budget,
-        "seed": cloak.seed,
-        "photos": contents(person.photos),
-        "clean_photos": contents(person.clean_photos),
-        **({"protected": contents(str(given))} if given else {}),
-    }
-
-
-def cell_settings(experiment: Experiment, cell: Cell) -> dict[str, Any]:
-    """What a cell's figures depend on."""
-    trained = cell.cloak.protection != BASE
-    return {
-        "cloak": cloak_settings(experiment, cell.cloak),
-        "victim": experiment.victims[cell.victim] if trained else BASE,
-        "condition": describe(experiment.conditions[cell.condition]) if trained else [],
-        "seed": cell.seed,
-        "generation": describe(experiment.generation),
-        "defaults": describe(read_defaults(experiment.backbone)),
-        "references": [contents(folder) for folder in experiment.everyone()[cell.cloak.person].references],
-    }

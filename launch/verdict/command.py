@@ -1,6 +1,6 @@
 """Are these photos protected, and against what? Victims trained on photos under every protection, measured, compared.
 
-Run the same command again to go on after an interruption: what is finished is kept.
+Run the same command again to continue after an interruption: what is finished is kept.
 """
 
 from __future__ import annotations
@@ -18,30 +18,39 @@ from antidreambooth.evaluation.prose import paragraph
 from antidreambooth.evaluation.quality import LPIPS_MISSING, largest_difference, lpips, lpips_available, psnr, ssim
 from antidreambooth.evaluation.report import write_report
 from antidreambooth.evaluation.results import read_results
-from launch.jobs import workers_of
-from launch.runs import Fit, finished
+from launch.help import USAGE, VERDICT, Help
+from launch.runs import Fit, Parse, finished
 from launch.tasks import Task, failures, share_out, work
-from launch.verdict.cell import cell_settings, cloak_settings, make_cloak, originals, protected, run_cell
-from launch.verdict.estimate import estimate, left
-from launch.verdict.experiment import Cloak, Experiment, Person
+from launch.verdict.cell import Cloak, Person, make_cloak, originals, protected, run_cell
+from launch.verdict.estimate import estimate
+from launch.verdict.experiment import Experiment, Resolved
 
 OWN = "you"
+OPTIONS = ("config", "dry_run", "share")  # of the command, not of the experiment
 
 
-def verdict(arguments: list[str], fit: Fit) -> None:
+def verdict(arguments: list[str], fit: Fit, parse: Parse) -> None:
     """Runs an experiment, or (as one of its jobs) a share of it.
 
     Args:
         arguments: the command line after ``verdict``.
         fit: runs a command line of this project.
+        parse: gives the settings of one.
     """
     options = parser().parse_args(arguments)
     experiment = read_experiment(options)
+    tasks = experiment.resolve()
     if options.share:
-        work_on(experiment, options.share, fit)
+        work_on(tasks, options.share, logs(experiment), fit)
         return
-    cloaks, cells = run(experiment, arguments)
-    write_results(experiment, cloaks, cells)
+    done = [finished(cloak.record, cloak.settings) for cloak in tasks.cloaks]
+    done += [finished(cell.record, cell.settings) for cell in tasks.cells]
+    if options.dry_run or not all(done):
+        print("\n".join(estimate(tasks, experiment.launcher, experiment.root, parse)), flush=True)
+    if options.dry_run:
+        return
+    cloaks, cells = run(experiment, tasks, arguments)
+    write_results(experiment, tasks, cloaks, cells)
     if failed := {**cloaks, **cells}:
         counts = f"{len(cloaks)} cloaks and {len(cells)} cells failed" if cloaks else f"{len(cells)} cells failed"
         name, reason = next(iter(failed.items()))
@@ -50,17 +59,24 @@ def verdict(arguments: list[str], fit: Fit) -> None:
 
 def parser() -> ArgumentParser:
     """The command's options: those of an experiment, and the short form for one's own photos."""
-    options = ArgumentParser(prog="cli.py verdict", description=__doc__)
+    options = ArgumentParser(prog="cli.py verdict", description=VERDICT, usage=USAGE["verdict"], formatter_class=Help)
     options.add_argument("-c", "--config", action="config", help="an experiment's file, see configs/verdict")
     options.add_argument("--photos", type=str | None, help="your cloaked photos: a verdict on these alone")
     options.add_argument("--clean_photos", type=str | None, help="for --photos: others of you, not cloaked")
+    options.add_argument(
+        "--dry_run", action="store_true", help="print what is to be done, time and disk; write nothing"
+    )
     options.add_argument("--share", type=str | None, help="PHASE:NUMBER/JOBS, given to the jobs that this starts")
     options.add_class_arguments(Experiment)
     return options
 
 
 def read_experiment(options: Namespace) -> Experiment:
-    """The experiment that the options describe."""
+    """The experiment that the options describe.
+
+    Raises:
+        InputError: --photos or --clean_photos cannot be used.
+    """
     values = vars(parser().instantiate(options))
     photos, clean = values.pop("photos"), values.pop("clean_photos")
     if bool(photos) != bool(clean):
@@ -69,83 +85,69 @@ def read_experiment(options: Namespace) -> Experiment:
         values |= {"people": {OWN: Person(clean, clean)}, "protections": {"none": "none", "cloaked": photos}}
         if not Path(photos).is_dir():
             raise InputError(f"{photos} is no folder: --photos is the folder of your cloaked photos")
-    experiment = Experiment(**{key: value for key, value in values.items() if key not in ("config", "share")})
-    experiment.check()
-    return experiment
+    return Experiment(**{key: value for key, value in values.items() if key not in OPTIONS})
 
 
-def run(experiment: Experiment, arguments: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Cloaks first, then cells, each as one job a worker; returns which of both failed and why."""
-    for cloak in experiment.cloaks():
-        finished(experiment.cloak_record(cloak), cloak_settings(experiment, cloak))
-    for cell in experiment.cells():
-        finished(experiment.cell_record(cell), cell_settings(experiment, cell))
-    cloaks, cells = left(experiment)
-    workers = workers_of(experiment.launcher)
-    if cloaks or cells:
-        minutes = estimate(experiment, workers, cloaks, cells) / 60
-        print(f"{cloaks} cloaks and {cells} victims to do, {workers} at a time: about {minutes:.0f} min", flush=True)
-    phases: list[tuple[str, list[Path]]] = [
-        ("cloaks", [experiment.cloak_record(cloak) for cloak in experiment.cloaks()]),
-        ("cells", [experiment.cell_record(cell) for cell in experiment.cells()]),
-    ]
-    for phase, records in phases:
+def run(experiment: Experiment, tasks: Resolved, arguments: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Cloaks first, then cells, each shared out over jobs; returns which of both failed and why."""
+    cloaks, cells = [cloak.record for cloak in tasks.cloaks], [cell.record for cell in tasks.cells]
+    for phase, records in (("cloaks", cloaks), ("cells", cells)):
         share_out(["verdict", *arguments], records, experiment.launcher, logs(experiment), phase, f"{phase}:")
-    (_, cloaks_done), (_, cells_done) = phases
-    return failures(cloaks_done), failures(cells_done)
+    return failures(cloaks), failures(cells)
 
 
-def work_on(experiment: Experiment, share: str, fit: Fit) -> None:
-    """A job's part of the cloaks or the cells."""
+def work_on(tasks: Resolved, share: str, logs: Path, fit: Fit) -> None:
+    """A job's share of the cloaks or the cells."""
     phase, _, part = share.partition(":")
     if phase == "cloaks":
-        tasks = [Task(experiment.cloak_record(c), partial(make_cloak, experiment, c, fit)) for c in experiment.cloaks()]
+        work([Task(cloak.record, partial(make_cloak, cloak, fit)) for cloak in tasks.cloaks], part, logs)
     else:
-        tasks = [Task(experiment.cell_record(c), partial(run_cell, experiment, c, fit)) for c in experiment.cells()]
-    work(tasks, part, logs(experiment))
+        work([Task(cell.record, partial(run_cell, cell, fit)) for cell in tasks.cells], part, logs)
 
 
 def logs(experiment: Experiment) -> Path:
-    """Where what the jobs print is kept."""
+    """The folder of what the jobs print."""
     return experiment.root / "jobs"
 
 
-def write_results(experiment: Experiment, failed_cloaks: dict[str, str], failed: dict[str, str]) -> None:
-    """Tables and the page; on the screen the verdict in a paragraph, or the readable table's place."""
-    wanted = {cell.name for cell in experiment.cells()}
-    cells = [cell for cell in read_results(experiment.root) if cell.name in wanted]
-    if not cells:
+def write_results(
+    experiment: Experiment, tasks: Resolved, failed_cloaks: dict[str, str], failed: dict[str, str]
+) -> None:
+    """Writes the tables and the page; prints where they are and, for one's own photos, the verdict in a paragraph."""
+    wanted = {cell.name for cell in tasks.cells}
+    results = [result for result in read_results(experiment.root) if result.name in wanted]
+    if not results:
         return
-    done = {cell.name for cell in cells}
-    lost = [c for c in experiment.cloaks() if not experiment.cloak_record(c).is_file()]
+    done = {result.name for result in results}
+    lost = [cloak for cloak in tasks.cloaks if not cloak.record.is_file()]
     qualities = {
-        (cell.cloak.person, cell.cloak.protection, cell.cloak.budget): quality(experiment, cell.cloak)
-        for cell in experiment.cells()
+        (cell.cloak.person, cell.cloak.protection, cell.cloak.budget): quality(cell.cloak)
+        for cell in tasks.cells
         if cell.name in done and cell.cloak.budget and cell.cloak not in lost
     }
     notes = [f"The cloak {name} failed: {reason}" for name, reason in failed_cloaks.items()]
     page = write_report(
         experiment.root,
-        cells,
+        results,
         title=experiment.name,
         expected=len(wanted),
         failed=list(failed.items()),
-        notes=[*notes, *general_notes(experiment)],
+        notes=[*notes, *general_notes(experiment.backbone)],
         qualities=qualities,
     )
-    if set(experiment.everyone()) == {OWN}:
-        print(paragraph(cells))
+    if {cell.cloak.person for cell in tasks.cells} == {OWN}:
+        print(paragraph(results))
     print(f"the page: {page}; the table: {experiment.root / 'table.md'}", flush=True)
 
 
-def general_notes(experiment: Experiment) -> list[str]:
+def general_notes(backbone: str) -> list[str]:
     """What was left out or done in another way than the papers do."""
     notes = [
         text
         for there, text in ((lpips_available(), LPIPS_MISSING), (brisque_available(), BRISQUE_MISSING))
         if not there
     ]
-    if read_defaults(experiment.backbone).blurred_references:
+    if read_defaults(backbone).blurred_references:
         notes.append(
             "The person's clean photos are compared with as the base model's autoencoder shows them: it blurs so much "
             "that the verifier would turn away the photos themselves, and a victim can draw nothing sharper."
@@ -153,22 +155,21 @@ def general_notes(experiment: Experiment) -> list[str]:
     return notes
 
 
-def quality(experiment: Experiment, cloak: Cloak) -> dict[str, float | None]:
+def quality(cloak: Cloak) -> dict[str, float | None]:
     """How much a protection changes a person's photos, on average (the largest difference: of all), and its cost."""
-    pair = originals(experiment, cloak.person), protected(experiment, cloak)
+    pair = originals(cloak), protected(cloak)
     return {
         "psnr": float(psnr(*pair).nanmean()),
         "ssim": float(ssim(*pair).mean()),
         "lpips": float(lpips(*pair).mean()) if lpips_available() else None,
         "largest_difference": int(largest_difference(*pair).max()),
-        **made_with(experiment, cloak),
+        **made_with(cloak),
     }
 
 
-def made_with(experiment: Experiment, cloak: Cloak) -> dict[str, float | None]:
-    """Seconds and passes that a cloak took; nothing for what no run of ours made."""
-    file = experiment.cloak_record(cloak)
-    if not file.is_file():
+def made_with(cloak: Cloak) -> dict[str, float | None]:
+    """Seconds and passes through networks that a cloak took; nothing for photos that no run of ours cloaked."""
+    if not cloak.record.is_file():
         return {}
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = json.loads(cloak.record.read_text(encoding="utf-8"))
     return {"seconds": record["seconds"], **record.get("passes", {})}

@@ -1,41 +1,107 @@
-"""How long runs will take, from a few passes through their base model on this machine."""
+"""What is left of a verdict: whose photos, how many cloaks and victims, time and disk."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from antidreambooth.attack.methods import METHODS, Method
-from antidreambooth.diffusion.loading import read_defaults
-from launch.cost import cloak_passes, drawing, measure
-from launch.runs import is_config
-from launch.verdict.experiment import BASE, Experiment
-
-PHOTOS = 4  # a person has, typically
-MODELS = 3  # of an ensemble, typically
-OVERHEAD = 8.0  # seconds a cell: loading, writing, finding and measuring faces
+from antidreambooth.errors import InputError
+from launch.cost import Footprint, Kind, count_photos, disk_line, footprint_of_cloak, footprint_of_victim, time_line
+from launch.jobs import Launcher, workers_of
+from launch.runs import Parse, command
+from launch.verdict.cell import Cell, Cloak
+from launch.verdict.experiment import Resolved
 
 
-def estimate(experiment: Experiment, workers: int, cloaks: int, cells: int) -> float:
-    """Seconds for what is left to do, give or take a half; on GPUs the passes are timed on the first one."""
-    passed = measure(experiment.backbone, workers).seconds
-    defaults, asked = read_defaults(experiment.backbone), experiment.generation
-    pictures = len(asked.prompts) * asked.images * drawing(asked.sampling_steps or defaults.sampling_steps)
-    recipes = [defaults.recipe("lora" if "lora" in how else "full") for how in experiment.victims.values()]
-    victim = sum(recipe.steps * recipe.batch_size for recipe in recipes) / len(recipes)
-    methods = [usual_method(how) for how in experiment.protections.values() if is_config(how.split()[0])]
-    made = [cloak_passes(method, defaults, PHOTOS, MODELS if method.several else 1) for method in methods]
-    cloak = sum(made) / max(1, len(made))
-    seconds = passed * (cloaks * cloak + cells * (victim + pictures)) + cells * OVERHEAD
-    return seconds / max(1, min(workers, cloaks + cells))
+class Run(NamedTuple):
+    """A cloak or a cell, as far as its costs are concerned.
+
+    Args:
+        kind: name of its ``Kind``.
+        record: the file that exists once it is done.
+        photos: folder of the photos that it is about.
+        footprint: finds out what it writes to disk.
+    """
+
+    kind: str
+    record: Path
+    photos: Path
+    footprint: Callable[[], Footprint]
 
 
-def usual_method(how: str) -> Method:
-    """The method that a config is named after; ASPL otherwise."""
-    return METHODS.get(Path(how.split()[0]).stem, METHODS["aspl"])
+def estimate(tasks: Resolved, launcher: Launcher, root: Path, parse: Parse) -> list[str]:
+    """A line for each person, then what all that is left needs together.
+
+    Args:
+        tasks: of the experiment, done or not.
+        launcher: where they run.
+        root: folder of their results.
+        parse: gives the settings of a command line of this project.
+    """
+    cloaks = [cloak for cloak in tasks.cloaks if not cloak.record.is_file()]
+    cells = [cell for cell in tasks.cells if not cell.record.is_file()]
+    victims = [cell for cell in cells if cell.trained]
+    people = {cell.cloak.person: cell.cloak.folders for cell in tasks.cells}
+    lines, width = [], max(map(len, people))
+    for person, folders in people.items():
+        to_make = sum(cloak.person == person for cloak in cloaks)
+        to_train = sum(cell.cloak.person == person for cell in victims)
+        left = f"{to_make} cloaks and {to_train} victims to do" if to_make or to_train else "done"
+        lines.append(f"{person:<{width}}  {count_photos(Path(folders.photos))} photos, {left}")
+    workers, controls = workers_of(launcher), len(cells) - len(victims)
+    lines.append(
+        f"{len(people)} people: {len(cloaks)} cloaks and {len(victims)} victims to do"
+        f"{f', and {controls} controls that are not trained' if controls else ''}, "
+        f"{workers} at a time ({launcher.cluster})"
+    )
+    if cloaks or cells:
+        phases = (
+            kinds([run_of_cloak(cloak, parse) for cloak in tasks.cloaks]),
+            kinds([run_of_cell(cell, parse) for cell in tasks.cells]),
+        )
+        lines += [time_line(phases, workers), disk_line(root, phases, workers)]
+    return lines
 
 
-def left(experiment: Experiment) -> tuple[int, int]:
-    """Cloaks and cells that are not finished."""
-    cloaks = [cloak for cloak in experiment.cloaks() if not experiment.cloak_record(cloak).is_file()]
-    cells = [cell for cell in experiment.cells() if not experiment.cell_record(cell).is_file()]
-    return len(cloaks), len([cell for cell in cells if cell.cloak.protection != BASE])
+def run_of_cloak(cloak: Cloak, parse: Parse) -> Run:
+    """A run that cloaks somebody's photos."""
+
+    def footprint() -> Footprint:
+        settings = parse(command(cloak.how, {"model.backbone": cloak.backbone}))
+        return footprint_of_cloak(settings, parse, cloak.keep_models)
+
+    return Run(f"a cloak {cloak.protection}", cloak.record, cloak.source, footprint)
+
+
+def run_of_cell(cell: Cell, parse: Parse) -> Run:
+    """The runs of a cell: a victim's training and its test, or the test of the control."""
+
+    def footprint() -> Footprint:
+        return footprint_of_victim(parse(cell.test), cell.trained, cell.keep_models)
+
+    kind = f"a victim {cell.victim}" if cell.trained else "a control"
+    return Run(kind, cell.record, cell.cloak.source, footprint)
+
+
+def kinds(runs: Sequence[Run]) -> list[Kind]:
+    """Runs by their kind. Only one run of each kind is looked at for its size."""
+    found = []
+    for name in dict.fromkeys(run.kind for run in runs):
+        same = [run for run in runs if run.kind == name]
+        left = [run for run in same if not run.record.is_file()]
+        done = [json.loads(run.record.read_text(encoding="utf-8")) for run in same if run.record.is_file()]
+        footprint = usable(left[0].footprint) if left else "nothing is left"
+        found.append(Kind(name, [count_photos(run.photos) for run in left], [r["seconds"] for r in done], footprint))
+    return found
+
+
+def usable(footprint: Callable[[], Footprint]) -> Footprint | str:
+    """A footprint; the reason where the command line is wrong, which makes its own runs fail and no others."""
+    try:
+        return footprint()
+    except InputError as error:
+        return str(error)
+    except SystemExit:  # the parser's, after it has printed the reason
+        return "its command line is wrong"

@@ -2,71 +2,32 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from antidreambooth.diffusion.sampling import Generation
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.conditions import Condition
-from antidreambooth.provenance import slug
 from launch.jobs import Launcher
 from launch.runs import is_config, located
+from launch.verdict.cell import BASE, Cell, Cloak, Origin, Person
 
-BASE = "base"  # the control that is trained on nobody
 
-
-@dataclass(frozen=True)
-class Person:
-    """Whose photos these are.
+class Resolved(NamedTuple):
+    """All tasks of an experiment.
 
     Args:
-        photos: folder of the photos to protect, the papers' set_B.
-        clean_photos: folder of other photos, which a cloak may learn from and which tell whether it is them: set_A.
-        extra_photos: folder of further clean photos, for reference and for mixing in: set_C.
+        cloaks: what has to be cloaked before the cells can run, once for all of them.
+        cells: victims to be trained and measured.
     """
 
-    photos: str
-    clean_photos: str
-    extra_photos: str | None = None
-
-    @property
-    def references(self) -> list[str]:
-        """Folders of clean photos to compare with."""
-        return [self.clean_photos, *([self.extra_photos] if self.extra_photos else [])]
-
-
-@dataclass(frozen=True)
-class Cloak:
-    """One person's photos under one protection."""
-
-    person: str
-    protection: str
-    budget: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return slug(f"{self.person}-{self.protection}-{self.budget:g}-s{self.seed}")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One victim on one person's photos under one protection, after what happened to them on the way."""
-
-    cloak: Cloak
-    condition: str
-    victim: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return slug(f"{self.cloak.name}-{self.condition}-{self.victim}-v{self.seed}")
+    cloaks: list[Cloak]
+    cells: list[Cell]
 
 
 @dataclass(frozen=True)
@@ -112,27 +73,37 @@ class Experiment:
 
     @property
     def root(self) -> Path:
-        """Where everything of it is written."""
+        """The folder of all of its results."""
         return Path(self.folder) / self.name
 
-    def cloak_record(self, cloak: Cloak) -> Path:
-        """The file that is there once a cloak is done; what it consists of lies beside it."""
-        return self.root / "cloaks" / cloak.name / "done.json"
+    def resolve(self) -> Resolved:
+        """All cloaks and cells, each with all that it needs.
 
-    def cell_record(self, cell: Cell) -> Path:
-        """The same of a cell."""
-        return self.root / "cells" / cell.name / "cell.json"
-
-    def everyone(self) -> dict[str, Person]:
-        """All people by name.
+        What cannot differ is there once: photos without protection are the same under every budget and seed.
 
         Raises:
-            InputError: there is nobody, or a folder is missing.
+            InputError: something in this experiment cannot work.
         """
-        return self._everyone
+        self._check()
+        cells = list(dict.fromkeys(self._cells(self._everyone())))
+        twice = [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]
+        if twice:
+            raise InputError(f"two cells would be called {twice[0]}: name people, protections or conditions otherwise")
+        return Resolved(list(dict.fromkeys(cell.cloak for cell in cells if cell.cloak.origin == "run")), cells)
 
-    @cached_property
+    def _check(self) -> None:
+        for name in ("protections", "budgets", "victims", "conditions", "cloak_seeds", "victim_seeds"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty: there is nothing to try")
+        if BASE in self.protections:
+            raise InputError(f"{BASE!r} is the name of the control that is always there: call that protection another")
+        for name, how in self.protections.items():
+            origin_of(name, how)
+        for name, how in self.victims.items():
+            require_config(name, how)
+
     def _everyone(self) -> dict[str, Person]:
+        """All people by name."""
         found = dict(self.people)
         if self.people_folder:
             parent = Path(self.people_folder).expanduser()
@@ -147,48 +118,86 @@ class Experiment:
             raise InputError("there is nobody to try it on: give --people_folder or people, see --help")
         return found
 
-    def cells(self) -> list[Cell]:
-        """All cells; what cannot differ (no protection under another budget) once."""
-        return list(dict.fromkeys(self._cells()))
-
-    def cloaks(self) -> list[Cloak]:
-        """What has to be cloaked before the cells can run, once for all of them."""
-        made = [name for name, how in self.protections.items() if is_config(how.split()[0])]
-        return list(dict.fromkeys(cell.cloak for cell in self.cells() if cell.cloak.protection in made))
-
-    def check(self) -> None:
-        """Finds out before any work what cannot work.
-
-        Raises:
-            InputError: it cannot.
-        """
-        for name in ("protections", "budgets", "victims", "conditions", "cloak_seeds", "victim_seeds"):
-            if not getattr(self, name):
-                raise InputError(f"{name} is empty: there is nothing to try")
-        if BASE in self.protections:
-            raise InputError(f"{BASE!r} is the name of the control that is always there: call that protection another")
-        for name, how in self.protections.items():
-            config = how.split()[0] if how.split() else ""
-            folder = bool(config) and Path(how).is_dir()
-            if how not in ("none", "noise") and not folder and not is_config(config):
-                raise InputError(
-                    f"protection {name}: {how!r} is neither none, noise, a folder of photos nor a config file"
-                )
-        for name, how in {**self.protections, **self.victims}.items():
-            config = how.split()[0] if how.split() else ""
-            if (is_config(config) or name in self.victims) and not Path(located(config)).is_file():
-                raise InputError(f"{name}: there is no config file {config!r}, see configs/")
-        twice = [name for name, count in Counter(cell.name for cell in self.cells()).items() if count > 1]
-        if twice:
-            raise InputError(f"two cells would be called {twice[0]}: name people, protections or conditions otherwise")
-
-    def _cells(self) -> Iterator[Cell]:
-        for person in self.everyone():
-            yield Cell(Cloak(person, BASE, 0.0, 0), "nothing", "untrained", 0)
-        # Everybody's first seed before anybody's second one: what there is of a stopped experiment can be read.
+    def _cells(self, everyone: dict[str, Person]) -> Iterator[Cell]:
+        for person, folders in everyone.items():
+            yield self._control(person, folders)
+        origins = {name: origin_of(name, how) for name, how in self.protections.items()}
+        # Everybody's first seed comes before anybody's second one, so that a stopped experiment can be evaluated.
         for cloak_seed, seed in product(self.cloak_seeds, self.victim_seeds):
-            for person, condition, victim in product(self.everyone(), self.conditions, self.victims):
-                for (protection, how), budget in product(self.protections.items(), self.budgets):
-                    fixed = how == "none" or Path(how).is_dir()
-                    cloak = Cloak(person, protection, 0.0 if fixed else budget, 0 if fixed else cloak_seed)
-                    yield Cell(cloak, condition, victim, seed)
+            for person, condition, victim in product(everyone, self.conditions, self.victims):
+                for protection, budget in product(self.protections, self.budgets):
+                    fixed = origins[protection] in ("none", "folder")
+                    cloak = Cloak(
+                        person,
+                        protection,
+                        budget=0.0 if fixed else budget,
+                        seed=0 if fixed else cloak_seed,
+                        folders=everyone[person],
+                        origin=origins[protection],
+                        how=self.protections[protection],
+                        backbone=self.backbone,
+                        root=self.root,
+                        keep_models=self.keep_models,
+                    )
+                    yield Cell(
+                        cloak,
+                        condition,
+                        victim,
+                        seed,
+                        conditions=tuple(self.conditions[condition]),
+                        how=self.victims[victim],
+                        trained=True,
+                        generation=self.generation,
+                        keep_models=self.keep_models,
+                    )
+
+    def _control(self, person: str, folders: Person) -> Cell:
+        """The first victim without its training: the same faces and the same flags on the untouched base model."""
+        return Cell(
+            Cloak(person, BASE, 0.0, 0, folders, "none", BASE, self.backbone, self.root, self.keep_models),
+            "nothing",
+            "untrained",
+            seed=0,
+            conditions=(),
+            how=next(iter(self.victims.values())),
+            trained=False,
+            generation=self.generation,
+            keep_models=self.keep_models,
+        )
+
+
+def origin_of(name: str, how: str) -> Origin:
+    """Where the photos under the protection ``name`` come from.
+
+    Raises:
+        InputError: ``how`` says nothing that can be done.
+    """
+    if how == "none":
+        return "none"
+    if how == "noise":
+        return "noise"
+    if how and Path(how).is_dir():
+        return "folder"
+    if not is_config(first_word(how)):
+        raise InputError(f"protection {name}: {how!r} is neither none, noise, a folder of photos nor a config file")
+    require_config(name, how)
+    return "run"
+
+
+def require_config(name: str, how: str) -> None:
+    """Looks for the config file of a protection or a victim.
+
+    Raises:
+        InputError: it is not there, or its flags cannot be told apart.
+    """
+    try:
+        shlex.split(how)
+    except ValueError as error:
+        raise InputError(f"{name}: {how!r} is no command line: {error}") from error
+    if not Path(located(first_word(how))).is_file():
+        raise InputError(f"{name}: there is no config file {first_word(how)!r}, see configs/")
+
+
+def first_word(how: str) -> str:
+    """The config file in front of its flags."""
+    return how.split()[0] if how.split() else ""

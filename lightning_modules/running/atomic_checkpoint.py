@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from antidreambooth.errors import InputError
+from antidreambooth.files import writing
+
+ADVICE = "an older one there is untouched: make room and go on with --ckpt_path last"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -26,19 +29,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             InputError: the disk is full or the folder not writable.
         """
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        # torch raises RuntimeError when the disk fills up while it writes.
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise InputError(
-                f"the checkpoint {target} cannot be written: {reason}; "
-                "an older one there is untouched: make room and go on with --ckpt_path last"
-            ) from error
+        temporary = target.with_name(f".{target.name}.part")  # always the same, so that a kill leaves one at most
+        with writing(target, ADVICE):
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with temporary.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+            except BaseException:
+                with suppress(OSError):  # what went wrong is what counts, such as a file where the folder should be
+                    temporary.unlink(missing_ok=True)
+                raise

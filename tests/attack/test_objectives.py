@@ -67,7 +67,8 @@ def test_targeted_pgd_raises_its_objective(backbone):
     embedding = backbone.embed([PROMPT]).detach()
     draw = objective.draw(backbone, originals, generator())
     before = objective(backbone, originals, embedding, draw).mean()
-    cloaked, _ = PGD(steps=30, objective=objective)(Fixed(backbone, PROMPT), originals, originals, generator())
+    attack = PGD(steps=30, objective=objective)
+    cloaked = attack(Fixed(backbone, PROMPT), originals, originals, Turn(0), generator()).images
     assert objective(backbone, cloaked, embedding, draw).mean() > before
 
 

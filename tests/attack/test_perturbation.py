@@ -95,7 +95,7 @@ def test_attack_raises_the_objective_and_leaves_the_model_alone(backbone):
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     originals = to_float(random_images(3))
     generator = Turn(0).generator(originals.device)
-    cloaked, _ = PGD(budget=8.0, steps=20)(Fixed(backbone, PROMPT), originals, originals, generator)
+    cloaked = PGD(budget=8.0, steps=20)(Fixed(backbone, PROMPT), originals, originals, Turn(0), generator).images
     (_, low), (_, high) = gradient(backbone, originals, 3), gradient(backbone, cloaked, 3)
     assert high > low
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
@@ -105,7 +105,8 @@ def test_attack_raises_the_objective_and_leaves_the_model_alone(backbone):
 
 def test_step_size_defaults_to_a_tenth_of_the_budget(backbone):
     originals = to_float(random_images(1)) * 0.5
-    cloaked, _ = PGD(budget=10.0, steps=1)(Fixed(backbone, PROMPT), originals, originals, torch.Generator())
+    surrogate, attack = Fixed(backbone, PROMPT), PGD(budget=10.0, steps=1)
+    cloaked = attack(surrogate, originals, originals, Turn(0), torch.Generator()).images
     torch.testing.assert_close((cloaked - originals).abs().max(), torch.tensor(STEP), rtol=1e-4, atol=0)
 
 
@@ -118,8 +119,10 @@ def test_the_gradient_is_averaged_over_processes(backbone):
 
     attack = PGD(steps=1, reduce=turned)
     originals = to_float(random_images(1)) * 0.5
-    down, _ = attack(Fixed(backbone, PROMPT), originals, originals, torch.Generator().manual_seed(0))
-    up, _ = PGD(steps=1)(Fixed(backbone, PROMPT), originals, originals, torch.Generator().manual_seed(0))
+    down, up = (
+        one(Fixed(backbone, PROMPT), originals, originals, Turn(0), torch.Generator().manual_seed(0)).images
+        for one in (attack, PGD(steps=1))
+    )
     (gradient,) = seen
     torch.testing.assert_close(up, originals + 0.8 * STEP * gradient.sign())
     torch.testing.assert_close(down, originals - 0.8 * STEP * gradient.sign())  # what `reduce` gives back is climbed

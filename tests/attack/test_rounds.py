@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import AdamW
 
+from antidreambooth.attack.objectives import Denoising
 from antidreambooth.attack.perturbation import PGD, STEP
-from antidreambooth.attack.rounds import alternate
+from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.attack.surrogates import Alternating
 from antidreambooth.diffusion.backbone import Posterior
 from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
 from antidreambooth.finetuning.weights import Weights
@@ -100,7 +102,7 @@ def test_three_rounds_equal_a_plain_reference_bit_for_bit(backbone, bf16):
     assert not torch.equal(cloaked, originals)
     for (name, actual), wanted in zip(backbone.state_dict().items(), theta.state_dict().values(), strict=True):
         assert torch.equal(actual, wanted), name
-    assert not any(torch.isnan(value) for value in outcome[1:])
+    assert not any(torch.isnan(value) for value in outcome.losses)
 
 
 def test_only_the_surrogate_and_the_photos_change(backbone):
@@ -176,3 +178,59 @@ def test_every_image_gets_its_turn(steps, size, count, ranks):
                 seen[batch] = seen.scatter_add(0, batch, torch.ones(size))[batch]
     assert seen.sum() == count * per_round
     assert seen.max() - seen.min() == 0  # `count` rounds are a whole number of passes over the images
+
+
+def signs_after(backbone, spoil=lambda surrogate: None, attack=None):
+    surrogate, originals = setup(backbone)
+    spoil(surrogate)
+    return alternate([surrogate], originals, originals, attack or PGD(steps=1), Turn(2, rounds=5)).vital_signs.tolist()
+
+
+def test_a_round_that_works_passes(backbone):
+    signs = signs_after(backbone)
+    require_vital(signs, Turn(2, rounds=5))
+    assert all(sign > 0 for sign in signs)
+
+
+def spoil_weight(surrogate):
+    surrogate.backbone.unet.conv_in.weight.data[0, 0, 0, 0] = torch.nan
+
+
+def spoil_rate(surrogate):
+    surrogate.weights.optimizer.param_groups[0]["lr"] = 1e30
+
+
+class Flat(Denoising):
+    """Nothing to climb."""
+
+    def __call__(self, backbone, images, embedding, draw):
+        return (0 * images).sum(dim=(1, 2, 3)) + 1
+
+
+class Steep(Denoising):
+    """A finite value with a gradient that is not."""
+
+    def __call__(self, backbone, images, embedding, draw):
+        return (images - images.detach()).abs().sqrt().sum(dim=(1, 2, 3)) + 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "attack", "named"),
+    [
+        (spoil_weight, None, "loss on clean photos is no finite number any more in round 3 of 5"),
+        (spoil_rate, None, "no finite number any more in round 3 of 5"),
+        (lambda surrogate: None, PGD(steps=1, objective=Steep()), "the gradient in the pixels is no finite number"),
+        (lambda surrogate: None, PGD(steps=1, objective=Flat()), "the gradient in the pixels is 0 in round 3 of 5"),
+    ],
+    ids=["weight", "rate", "gradient", "nothing"],
+)
+def test_a_round_that_does_not_work_says_what_went_wrong(backbone, spoil, attack, named):
+    with pytest.raises(InputError, match=named):
+        require_vital(signs_after(backbone, spoil, attack), Turn(2, rounds=5))
+
+
+def test_a_weight_that_the_last_step_spoils_is_seen(backbone):
+    surrogate, _ = setup(backbone)
+    assert torch.isfinite(surrogate.weight_norm())
+    spoil_weight(surrogate)
+    assert not torch.isfinite(surrogate.weight_norm())

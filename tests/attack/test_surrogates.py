@@ -28,9 +28,10 @@ def test_a_round_with_a_fixed_surrogate_is_pgd_and_leaves_it_alone(backbone):
     originals = to_float(random_images(3))
     before = deepcopy(backbone.state_dict())
     outcome = alternate([Fixed(backbone, PROMPT)], originals, originals, PGD(), Turn(4, seed=2))
-    wanted, value = PGD()(Fixed(backbone, PROMPT), originals, originals, Turn(4, seed=2).generator(originals.device))
-    assert torch.equal(outcome.cloaked, wanted)
-    assert torch.equal(outcome.objective, value)
+    turn = Turn(4, seed=2)
+    wanted = PGD()(Fixed(backbone, PROMPT), originals, originals, turn, turn.generator(originals.device))
+    assert torch.equal(outcome.cloaked, wanted.images)
+    assert torch.equal(outcome.objective, wanted.objective)
     assert outcome.clean_loss == outcome.cloaked_loss == 0
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
@@ -47,7 +48,7 @@ def test_an_ensemble_climbs_apart_and_learns_from_the_mean(models):
     for surrogate, _ in copies:
         with surrogate.borrowed():
             surrogate.learn_clean(Turn(1), generator)
-            results.append(PGD()(surrogate, originals, start, generator)[0])
+            results.append(PGD()(surrogate, originals, start, Turn(1), generator).images)
     low, high = (originals - 8 * STEP).clamp(min=-1), (originals + 8 * STEP).clamp(max=1)
     mean = ((results[0] + results[1]) / 2).clamp(low, high)
     for surrogate, _ in copies:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from antidreambooth.diffusion.backbone import frozen
 from antidreambooth.diffusion.defaults import Recipe
-from antidreambooth.diffusion.loading import load_backbone, read_defaults, resolution_of
+from antidreambooth.diffusion.loading import bytes_of_networks, load_backbone, read_defaults, resolution_of
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import to_float
 from tests.conftest import random_images
@@ -118,6 +118,7 @@ def test_a_name_that_is_nothing(name):
         load_backbone(name)
 
 
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # diffusers gives it to the hub's client
 def test_an_unreachable_hub_says_what_to_download():
     with pytest.raises(InputError, match=r"hf download owner/model .*--model.backbone FOLDER"):
         resolution_of("owner/model")
@@ -140,3 +141,16 @@ def test_reconstruct_is_decoding_the_mean_as_diffusers_does(backbone):
         latents = backbone.vae.encode(images).latent_dist.mode()
         expected = backbone.vae.decode(latents).sample.clamp(-1, 1)
     torch.testing.assert_close(backbone.reconstruct(images), expected)
+
+
+def test_the_size_of_weights_is_known_without_them(backbone, small_model, tmp_path):
+    """The config files alone tell it."""
+    copy = shutil.copytree(small_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = bytes_of_networks(str(copy))
+    assert sizes == {
+        part: sum(weights.nbytes for weights in getattr(backbone, part).parameters())
+        for part in ("unet", "vae", "text_encoder")
+    }
+    (copy / "vae" / "config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be loaded: vae"):
+        bytes_of_networks(str(copy))

@@ -153,8 +153,9 @@ def failed(ask):
     def run(*more, **options):
         with pytest.raises(SystemExit) as stopped:
             ask(*more, **options)
-        assert "\n" not in str(stopped.value)
-        return str(stopped.value)
+        line, hint = str(stopped.value).split("\n")
+        assert hint == "(ANTIDREAMBOOTH_DEBUG=1 shows where)"
+        return line
 
     return run
 
@@ -347,6 +348,9 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(ask, failed, folder, ou
     shutil.rmtree(out / ODD)
     shutil.copytree(out / "ann", out / "eve")
     make_photos(folder / "eve", 1, 0)
+    for name, seconds in (("ann", 90.0), ("eve", 4000.0)):
+        record = json.loads((out / name / "done.json").read_text())
+        (out / name / "done.json").write_text(json.dumps({**record, "seconds": seconds}))
     before = contents(out)
     capsys.readouterr()
     assert ask("--dry_run", "--launcher.workers=2") == []
@@ -358,9 +362,11 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(ask, failed, folder, ou
         r"empty +fails: .* holds no photo.*",
         rf"{re.escape(ODD)} +1 photos, to do",
         r"eve +1 photos, failed: .*eve was made with other settings.*",
-        r"5 people: 1 done, 1 done with other settings, 3 to do \(1 of them failed before\), 2 at a time \(local\)",
-        r"time: about \d+ min, from passes timed on this machine's \w+; \d+ min more for class images .*",
-        r"disk: at most [\d.]+ MB to stay in .*/out, and on the way [\d.]+ MB for weights; [\d.]+ .B are free",
+        r"5 people: 1 done, 1 done with other settings, 3 to do \(1 of them failed before\), 2 photos, "
+        r"2 at a time \(local\)",
+        r"time: about 90 s, from the median of those that are finished \(a person 90 s\)",
+        r"disk: at most [\d.]+ MB to stay in .*/out, and on the way [\d.]+ MB for weights, "
+        r"and [\d.]+ MB for class images in .*/class-images where they are not there; [\d.]+ .B are free",
     ):
         assert re.search(f"^{line}$", text, re.M), line
 
@@ -371,6 +377,7 @@ def test_the_plan_knows_the_methods(ask, method, small_model, tmp_path, capsys):
     ask("--dry_run", "--names=[ann]", how=f"configs/{method}.yaml {CPU}{several}")
     text = capsys.readouterr().out
     (weights,) = map(float, re.findall(r"on the way ([\d.]+) MB for weights", text))
+    assert "time: known after the first one" in text
     assert (weights > 0) == (method != "advdm")
     assert ("class images" in text) == (method != "advdm")
     assert not (tmp_path / "out").exists()

@@ -20,22 +20,20 @@ from PIL import Image
 
 import launch.jobs
 import launch.tasks
-import launch.verdict.cell
 import launch.verdict.command
-import launch.verdict.estimate
 import lightning_modules.victim
 from antidreambooth.attack.perturbation import random_noise
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.conditions import JPEG, Scene
-from cli import main
-from launch.cost import Measured
+from cli import main, parsed
+from launch.cost import duration
 from launch.jobs import Launcher, run_jobs, workers_of
 from launch.runs import contents
-from launch.verdict.cell import arriving, cell_settings, protected
+from launch.verdict.cell import BASE, Cell, Person, arriving, make_cloak, originals, protected, run_cell
 from launch.verdict.command import parser, read_experiment, verdict
-from launch.verdict.estimate import estimate, left
-from launch.verdict.experiment import BASE, Cell, Cloak, Experiment, Person
+from launch.verdict.experiment import Experiment
 from tests.conftest import ROOT, random_images
+from tests.conftest import contents as contents_of
 from tests.helpers import make_photos
 
 pytestmark = [
@@ -91,7 +89,7 @@ def test_what_cannot_differ_is_one_cell(people):
         cloak_seeds=[0, 1],
         victim_seeds=[0, 1, 2],
     )
-    cells = experiment.cells()
+    cloaks, cells = experiment.resolve()
     assert len(set(cells)) == len(cells) == len({cell.name for cell in cells})
     for person in ("ann", "bob"):
         own = [cell for cell in cells if cell.cloak.person == person]
@@ -106,38 +104,75 @@ def test_what_cannot_differ_is_one_cell(people):
         (8, 0),
         (8, 1),
     }
-    cloaks = experiment.cloaks()  # shared by victims, conditions and victim seeds
-    assert len(cloaks) == 2 * 2 * 2
+    assert len(cloaks) == 2 * 2 * 2  # shared by victims, conditions and victim seeds
     assert {cloak.protection for cloak in cloaks} == {"aspl"}
     assert set(cloaks) == {cell.cloak for cell in cells if cell.cloak.protection == "aspl"}
 
 
-def test_names_are_a_file_format():
+def only(cells, **wanted) -> Cell:
+    """The one cell whose names (and those of its cloak) are as wanted."""
+    (cell,) = [c for c in cells if wanted.items() <= {**vars(c.cloak), **vars(c)}.items()]
+    return cell
+
+
+def test_names_are_a_file_format(people):
     """Results of long runs lie in folders of these names."""
-    cloak = Cloak("lfw-Alvaro_Uribe", "aspl", 8.0, 0)
-    assert cloak.name == "lfw-Alvaro_Uribe-aspl-8-s0"
-    assert Cell(cloak, "jpeg75-half", "full", 1).name == "lfw-Alvaro_Uribe-aspl-8-s0-jpeg75-half-full-v1"
+    who = Person(*(str(people / "ann" / part) for part in ("set_B", "set_A")))
+    conditions = {"jpeg75-half": [JPEG(75)]}
+    experiment = experiment_of(
+        people, people_folder=None, people={"lfw-Alvaro_Uribe": who}, conditions=conditions, victim_seeds=[1]
+    )
+    cloaks, cells = experiment.resolve()
+    root = people.parent / "e"
+    assert [cloak.record for cloak in cloaks] == [root / "cloaks" / "lfw-Alvaro_Uribe-aspl-8-s0" / "done.json"]
+    assert [cell.record.relative_to(root / "cells").as_posix() for cell in cells] == [
+        f"lfw-Alvaro_Uribe-{name}/cell.json"
+        for name in (
+            "base-0-s0-nothing-untrained-v0",
+            "none-0-s0-jpeg75-half-full-v1",
+            "noise-8-s0-jpeg75-half-full-v1",
+            "aspl-8-s0-jpeg75-half-full-v1",
+        )
+    ]
+
+
+def test_a_cell_needs_no_experiment(people, small_model, fit):
+    """All that its runs and its record say comes from the cell itself."""
+    cloaks, cells = experiment_of(people, backbone=str(small_model), budgets=[4.0]).resolve()
+    cell = only(cells, person="bob", protection="aspl")
+    assert cell.cloak in cloaks
+    make_cloak(cell.cloak, fit)
+    run_cell(cell, fit)
+    cloaking, training, testing = fit.commands
+    assert {"--model.budget=4.0", f"--model.backbone={small_model}"} <= set(cloaking)
+    assert (training[0], testing[0]) == ("fit", "test")
+    record = json.loads(cell.record.read_text())
+    assert record["settings"] == cell.settings
+    assert (record["person"], record["budget"]) == ("bob", 4.0)
 
 
 def test_odd_names_lie_in_folders_of_their_own(people):
     who = Person(*(str(people / "ann" / part) for part in ("set_B", "set_A", "set_C")))
     names = ["a b", "a/b", "a_b", "../a", "Zoë"]
     experiment = Experiment(name="e", folder=str(people.parent), people=dict.fromkeys(names, who))
-    experiment.check()
-    cells = experiment.cells()
-    folders = {(experiment.root / "cells" / cell.name).resolve() for cell in cells}
+    cells = experiment.resolve().cells
+    folders = {cell.record.parent.resolve() for cell in cells}
     assert len(folders) == len(cells) == len(names) * 4
     assert {folder.parent for folder in folders} == {(experiment.root / "cells").resolve()}
+
+
+def folders_of(experiment: Experiment) -> dict[str, Person]:
+    return {cell.cloak.person: cell.cloak.folders for cell in experiment.resolve().cells}
 
 
 def test_people_are_those_asked_for_with_the_folders_they_have(people):
     shutil.rmtree(people / "bob" / "set_C")
     (people / "notes").mkdir()
-    everyone = experiment_of(people).everyone()
+    everyone = folders_of(experiment_of(people))
     assert list(everyone) == ["ann", "bob"]
     assert everyone["bob"] == Person(str(people / "bob" / "set_B"), str(people / "bob" / "set_A"), None)
     assert everyone["ann"].references == [str(people / "ann" / part) for part in ("set_A", "set_C")]
-    assert list(experiment_of(people, people_names=["bob"]).everyone()) == ["bob"]
+    assert list(folders_of(experiment_of(people, people_names=["bob"]))) == ["bob"]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +192,7 @@ def test_people_are_those_asked_for_with_the_folders_they_have(people):
             "mine: there is no config file 'configs/nowhere.yaml'",
         ),
         ({"victims": {"full": ""}}, "full: there is no config file ''"),
+        ({"victims": {"full": "configs/dreambooth.yaml --x '"}}, "is no command line: No closing quotation"),
         ({"victims": {"full": "nowhere.yaml"}}, "'nowhere.yaml'"),
         ({"victims": {"b-c": "configs/dreambooth.yaml"}, "conditions": {"a": [], "a-b": []}}, None),
         (
@@ -171,10 +207,10 @@ def test_people_are_those_asked_for_with_the_folders_they_have(people):
 def test_what_cannot_work_is_refused_first(people, settings, message):
     experiment = experiment_of(people, **settings)
     if message is None:
-        experiment.check()
+        assert len(experiment.resolve().cells) == 2 * (1 + 2 * 3)
         return
     with pytest.raises(InputError, match=message):
-        experiment.check()
+        experiment.resolve()
 
 
 @pytest.mark.parametrize("config", VERDICTS, ids=lambda path: path.stem)
@@ -184,14 +220,14 @@ def test_every_verdict_config_parses(config, tmp_path):
     options = parser().parse_args([f"--config={config}", f"--people_folder={people}", f"--folder={tmp_path}"])
     experiment = read_experiment(options)
     assert experiment.name == config.stem
-    assert list(experiment.everyone()) == names
+    cloaks, cells = experiment.resolve()
+    assert list(folders_of(experiment)) == names
     made = sum(how.split()[0].endswith(".yaml") for how in experiment.protections.values()) * len(experiment.budgets)
     noise = len(experiment.budgets) if "noise" in experiment.protections else 0
     protections = 1 + noise + made  # none whatever the budget, noise, and what is made
     variants = protections * len(experiment.victims) * len(experiment.conditions)
-    assert len(experiment.cells()) == len(names) * (1 + variants * len(experiment.victim_seeds))
-    assert len(experiment.cloaks()) == len(names) * made
-    assert left(experiment) == (len(names) * made, len(experiment.cells()) - len(names))
+    assert len(cells) == len(names) * (1 + variants * len(experiment.victim_seeds))
+    assert len(cloaks) == len(names) * made
     photos = random_images(2)
     scene = Scene(lambda: pytest.fail("no base model is needed"), photos)
     for conditions in experiment.conditions.values():
@@ -235,12 +271,13 @@ def test_noise_is_the_whole_budget_in_each_value(budget):
 
 
 def test_conditions_follow_each_other_on_the_protected_photos(people, small_model):
-    experiment = experiment_of(people, backbone=str(small_model), conditions={"twice": [JPEG(10), JPEG(30)]})
-    cell = Cell(Cloak("ann", "noise", 8.0, 3), "twice", "full", 0)
-    noisy = random_noise(launch.verdict.cell.originals(experiment, "ann"), 8.0, 3)
-    assert torch.equal(protected(experiment, cell.cloak), noisy)
+    conditions = {"twice": [JPEG(10), JPEG(30)]}
+    experiment = experiment_of(people, backbone=str(small_model), conditions=conditions, cloak_seeds=[3])
+    cell = only(experiment.resolve().cells, person="ann", protection="noise")
+    noisy = random_noise(originals(cell.cloak), 8.0, 3)
+    assert torch.equal(protected(cell.cloak), noisy)
     scene = Scene(lambda: pytest.fail("no base model is needed"), noisy)
-    assert torch.equal(arriving(experiment, cell), JPEG(30)(JPEG(10)(noisy, scene), scene))
+    assert torch.equal(arriving(cell), JPEG(30)(JPEG(10)(noisy, scene), scene))
 
 
 # A verdict with a fit that does nothing but note its command line
@@ -291,7 +328,7 @@ def ask(people, small_model, fit, monkeypatch):
         jobs.extend(commands)
         for command in commands:
             assert command[:3] == [sys.executable, str(ROOT / "cli.py"), "verdict"]
-            verdict(command[3:], fit)
+            verdict(command[3:], fit, parsed)
 
     monkeypatch.setattr(launch.tasks, "run_jobs", run_here)
     monkeypatch.setattr(launch.tasks, "gc", SimpleNamespace(collect=int))  # slow, and there are no models
@@ -301,7 +338,7 @@ def ask(people, small_model, fit, monkeypatch):
         jobs.clear()
         fit.commands.clear()
         contents.cache_clear()
-        verdict([*base, *more], fit)
+        verdict([*base, *more], fit, parsed)
         return len(jobs)
 
     return run
@@ -315,7 +352,10 @@ def stamps(folder: Path) -> dict[str, int]:
 def test_each_cell_is_trained_and_measured_once(ask, fit, people, capsys):
     assert ask("--launcher.workers=3", "--victim_seeds=[4, 5]") == 2 + 3  # no more jobs than there are cloaks
     printed = capsys.readouterr().out
-    assert re.search(r"2 cloaks and 12 victims to do, 3 at a time: about \d+ min", printed)
+    lines = printed.splitlines()
+    assert lines[0] == "ann  2 photos, 1 cloaks and 6 victims to do"
+    assert "2 people: 2 cloaks and 12 victims to do, and 2 controls that are not trained, 3 at a time (local)" in lines
+    assert "time: known after the first one" in lines
     assert "the page: " in printed
     cloaking, training = (
         [c for c in fit.commands if c[0] == "fit" and name in c[1]] for name in ("aspl", "dreambooth")
@@ -352,6 +392,49 @@ def test_the_second_time_nothing_runs(ask, fit, people, capsys):
     assert fit.commands == []
     assert stamps(people.parent / "e") == before
     assert "to do" not in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_is_left_and_writes_nothing(ask, fit, people, capsys):
+    fit.failing = "bob-noise"
+    victims = "--victims={full: configs/dreambooth.yaml, bad: configs/dreambooth.yaml --model.nonsense 1}"
+    with pytest.raises(InputError):
+        ask()
+    for path, seconds in (("none-0", 30.0), ("noise-8", 100.0), ("aspl-8", 50.0)):
+        record = people.parent / "e" / "cells" / f"ann-{path}-s0-nothing-full-v0" / "cell.json"
+        record.write_text(json.dumps({**json.loads(record.read_text()), "seconds": seconds}))
+    shutil.rmtree(people.parent / "e" / "cells" / "bob-aspl-8-s0-nothing-full-v0")
+    shutil.rmtree(people.parent / "e" / "cells" / "bob-none-0-s0-nothing-full-v0")
+    shutil.rmtree(people.parent / "e" / "cells" / "bob-base-0-s0-nothing-untrained-v0")
+    before = contents_of(people.parent)
+    capsys.readouterr()
+    assert ask("--dry_run", victims, "--launcher.workers=2") == 0
+    assert fit.commands == []
+    assert contents_of(people.parent) == before
+    printed = capsys.readouterr()
+    assert "nonsense" in printed.err  # the parser says why
+    for line in (
+        "ann  2 photos, 0 cloaks and 3 victims to do",
+        "bob  2 photos, 0 cloaks and 6 victims to do",
+        r"2 people: 0 cloaks and 9 victims to do, and 1 controls that are not trained, 2 at a time \(local\)",
+        # Three of the kind "full" are left and each takes 50 s, two at a time; the finished control takes no time.
+        r"time: about 75 s, from the median of those that are finished \(a control 0 s, a victim full 50 s\); "
+        "more for a victim bad: known after the first one",
+        r"disk: at most [\d.]+ MB to stay in .*/e, and on the way [\d.]+ MB for weights, "
+        r"and [\d.]+ MB for class images in .* where they are not there; [\d.]+ .B are free; "
+        r"without a victim bad \(its command line is wrong\)",
+    ):
+        assert re.search(f"^{line}$", printed.out, re.MULTILINE), f"{line} is not in {printed.out}"
+
+
+def test_a_dry_run_of_what_is_done_says_so(ask, capsys):
+    ask()
+    capsys.readouterr()
+    assert ask("--dry_run") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "ann  2 photos, done",
+        "bob  2 photos, done",
+        f"2 people: 0 cloaks and 0 victims to do, {workers_of(Launcher())} at a time (local)",
+    ]
 
 
 def test_other_settings_in_the_same_folder_end_in_one_error(ask, fit, people):
@@ -422,10 +505,10 @@ def test_without_its_cloak_a_cell_fails_and_the_report_is_there(ask, fit, people
 
 
 def test_an_interrupted_cloak_is_not_taken_for_one(ask, people):
-    experiment = experiment_of(people)
-    shutil.copytree(people / "ann" / "set_B", experiment.root / "cloaks" / "ann-aspl-8-s0" / "cloaked")
+    cloak = experiment_of(people).resolve().cloaks[0]
+    shutil.copytree(people / "ann" / "set_B", cloak.record.parent / "cloaked")
     with pytest.raises(InputError, match="its cloak is not finished: ann-aspl-8-s0"):
-        protected(experiment, Cloak("ann", "aspl", 8.0, 0))
+        protected(cloak)
 
 
 def test_a_lost_cloak_does_not_stop_the_report(ask, people):
@@ -433,7 +516,7 @@ def test_a_lost_cloak_does_not_stop_the_report(ask, people):
     shutil.rmtree(people.parent / "e" / "cloaks" / "ann-aspl-8-s0")
     (people.parent / "e" / "index.html").unlink()
     experiment = experiment_of(people)
-    launch.verdict.command.write_results(experiment, {}, {})
+    launch.verdict.command.write_results(experiment, experiment.resolve(), {}, {})
     assert (people.parent / "e" / "index.html").is_file()
 
 
@@ -465,6 +548,7 @@ def test_a_worker_that_is_told_to_stop_stops(people, small_model, code):
         verdict(
             [f"--people_folder={people}", f"--folder={people.parent}", f"--backbone={small_model}", "--name=e", share],
             stopped,
+            parsed,
         )
     assert len(calls) == 1
     assert not list(people.parent.rglob("*.failed"))
@@ -476,13 +560,13 @@ def test_shares_are_all_cells_and_none_twice(fit, people, small_model, monkeypat
     seen = []
     for number in range(3):
         fit.commands.clear()
-        verdict([*base, f"--share=cloaks:{number}/3"], fit)
+        verdict([*base, f"--share=cloaks:{number}/3"], fit, parsed)
         seen.append([FakeFit.value(c, "trainer.default_root_dir") for c in fit.commands])
     assert [len(part) for part in seen] == [1, 1, 0]
     seen = []
     for number in range(3):
         fit.commands.clear()
-        verdict([*base, f"--share=cells:{number}/3"], fit)
+        verdict([*base, f"--share=cells:{number}/3"], fit, parsed)
         seen += {FakeFit.value(c, "trainer.default_root_dir") for c in fit.commands}
     assert len(seen) == len(set(seen)) == 8
 
@@ -526,9 +610,10 @@ def test_own_photos_give_a_paragraph_and_a_page(ask, fit, people, own, capsys):
 def refused(arguments, message):
     with pytest.raises(SystemExit) as stopped:
         main(["verdict", "--name=e", *arguments])
-    assert str(stopped.value).startswith("error: ")
-    assert "\n" not in str(stopped.value)
-    assert message in str(stopped.value)
+    line, hint = str(stopped.value).split("\n")
+    assert hint == "(ANTIDREAMBOOTH_DEBUG=1 shows where)"
+    assert line.startswith("error: ")
+    assert message in line
 
 
 @pytest.mark.parametrize("given", [0, 1])
@@ -695,19 +780,6 @@ def test_what_submitit_cannot_do_is_one_line(tmp_path, launcher, message):
         run([python("")], tmp_path, launcher)
 
 
-def test_the_estimate_grows_with_the_work(people, small_model, monkeypatch):
-    experiment = experiment_of(people, backbone=str(small_model))
-    threads = torch.get_num_threads()
-    assert estimate(experiment, 1, 0, 0) == 0
-    assert torch.get_num_threads() == threads
-    monkeypatch.setattr(launch.verdict.estimate, "measure", lambda *_: Measured(1.0, 0, 0))  # seconds a pass
-    cloak, cell = estimate(experiment, 1, 1, 0), estimate(experiment, 1, 0, 1)
-    assert cloak > 50 * (6 * 4 + 2 * 3 * 2)  # rounds x (PGD steps x photos + a surrogate's steps x images)
-    assert cell > 1000 * 2  # a victim's steps x images
-    assert estimate(experiment, 1, 4, 8) == pytest.approx(4 * cloak + 8 * cell)
-    assert estimate(experiment, 3, 4, 8) == pytest.approx((4 * cloak + 8 * cell) / 3)
-
-
 # The real thing, through the command line, on a small model
 
 
@@ -772,8 +844,13 @@ def test_a_killed_worker_is_reported_and_the_same_command_goes_on(finished):
     assert set(records) == CELLS
     assert all(records[name] == stamp for name, stamp in finished.first.items())  # not made again
     first, second = finished.outputs
-    assert "1 cloaks and 6 victims to do, 1 at a time: about " in first
-    assert "0 cloaks and 5 victims to do, 1 at a time: about " in second
+    assert "1 cloaks and 6 victims to do, and 1 controls that are not trained, 1 at a time (local)" in first
+    assert "time: known after the first one\n" in first
+    assert "0 cloaks and 5 victims to do, 1 at a time (local)" in second
+    (made,) = [
+        json.loads(path.read_text())["seconds"] for path in finished.root.glob("cells/*none-0*nothing*/cell.json")
+    ]
+    assert f"time: about {duration(5 * made)}, from the median of those that are finished (a victim full" in second
     assert "cloaks" in first
     assert "1/1" in first
     assert "7/7" in second
@@ -877,8 +954,7 @@ def test_a_victim_with_nonsense_fails_alone(copy, capsys):
 def test_cell_settings_are_a_file_format(finished, small_model, monkeypatch):
     """A finished cell is recognised by these: another key would make long runs start anew."""
     monkeypatch.chdir(finished.place)
-    experiment = experiment_of(Path("people"), backbone=str(small_model))
-    cell = Cell(Cloak("ann", "none", 0.0, 0), "nothing", "full", 0)
-    settings = cell_settings(experiment, cell)
+    cells = experiment_of(Path("people"), backbone=str(small_model)).resolve().cells
+    settings = only(cells, protection="none").settings
     assert list(settings) == ["cloak", "victim", "condition", "seed", "generation", "defaults", "references"]
     assert list(settings["cloak"]) == ["backbone", "protection", "budget", "seed", "photos", "clean_photos"]

@@ -18,7 +18,7 @@ LAYERED = [(layer, "aspl") for layer in LAYERS] + [
     for layer in LAYERS
     if "model:" not in layer.read_text()  # which says how ASPL attacks
 ]
-NAMES = {"ddp", "deepspeed-2", "deepspeed-3", "fsdp", "multi-node", "slurm", "low-memory", "h100"}
+NAMES = {"ddp", "deepspeed-2", "deepspeed-3", "fsdp", "multi-node", "slurm", "low-memory", "h100", "deterministic"}
 
 
 def test_all_are_there():

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from antidreambooth.diffusion.backbone import Backbone, Posterior, precise
+from antidreambooth.diffusion.precision import made_on_cpu
 from antidreambooth.errors import InputError
 
 FAMILY = "Stable Diffusion 1.x / 2.x"
@@ -75,12 +76,14 @@ class StableDiffusion(Backbone):
 
     def pipeline(self) -> StableDiffusionPipeline:
         """A diffusers pipeline around these very modules, with a DDIM sampler and no progress bar."""
+        with made_on_cpu():
+            scheduler = DDIMScheduler.from_config(self.scheduler.config)
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=DDIMScheduler.from_config(self.scheduler.config),
+            scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
