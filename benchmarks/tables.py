@@ -24,5 +24,5 @@ def write(folder: Path, name: str, title: str, header: Sequence[str], rows: Sequ
     text = f"{title}\n\n{markdown(header, rows)}\n"
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([])
+        csv.writer(file).writerows([header, *rows])
     return text

@@ -51,7 +51,7 @@ def refused(arguments: list[str], *messages: str) -> None:
     assert line.startswith("error: ")
     assert hint == [f"({DEBUG}=1 shows where)"]
     for message in messages:
-        assert message in line
+        assert message in line, line
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

@@ -4,17 +4,18 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from antidreambooth.evaluation.quality import cloak_quality
 from tests.conftest import random_images
 
 
 def by_definition(one, other):
-    """SSIM (IEEE TIP 13 (4), 2004, equation 13) with its Gaussian window, the borders left out."""
+    """SSIM (IEEE TIP 13 (4), 2004, equation 13) with its Gaussian window, pictures mirrored at their borders."""
     line = torch.exp(-0.5 * (torch.arange(-5.0, 6.0, dtype=torch.float64) / 1.5).square())
     window = torch.outer(line, line) / line.sum() ** 2
     values = []
-    for x, y in zip(one.double(), other.double(), strict=True):
+    for x, y in zip(*(F.pad(picture.double(), (5, 5, 5, 5), mode="reflect") for picture in (one, other)), strict=True):
         x, y = (picture.unfold(0, 11, 1).unfold(1, 11, 1) for picture in (x, y))
         mean = lambda v: (v * window).sum((-1, -2))  # noqa: E731
         mx, my = mean(x), mean(y)
