@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub.cli.hf import app
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image, ImageFile
 from safetensors import SafetensorError
@@ -253,12 +253,12 @@ def test_what_makes_an_ensemble_and_a_victim_smaller(small_model):
     alone = SimpleNamespace(world_size=1, testing=False)
     ensemble = SimpleNamespace(backbones=["embedded"], offload=False)
     several = ASPL(backbone=str(small_model), micro_batch=1)
-    several.hparams.ensemble, several._trainer = ensemble, alone
+    several.hparams.ensemble, several._trainer = ensemble, alone  # type: ignore[assignment]
     assert "--model.ensemble.offload true" in several.memory_savers()
     alone.world_size = 2
     assert "--model.ensemble.offload true" not in several.memory_savers()
     victim = Victim(backbone=str(small_model))
-    victim._trainer = alone
+    victim._trainer = alone  # type: ignore[assignment]
     assert victim.memory_savers() == [
         "--model.training.gradient_checkpointing true",
         "--model.training.batch_size 1",
@@ -312,7 +312,7 @@ REFUSALS = {
     "read-only": (raising(OSError(errno.EROFS, "Read-only file system")), "Read-only file system; make it writable"),
     "safetensors": (lambda: save_file({"a": torch.zeros(2)}, "/nowhere/a"), "No such file or directory; make it"),
     "safetensors 0.5": (raising(SafetensorError("IoError(Os { code: 28, kind: StorageFull })")), "No space left"),
-    "torch": (lambda: torch.save({"a": torch.zeros(1000)}, FillsUp()), "No space left on device; make room"),
+    "torch": (lambda: torch.save({"a": torch.zeros(1000)}, FillsUp()), "No space left on device; make room"),  # type: ignore[arg-type]
 }
 
 
@@ -327,7 +327,7 @@ def test_refusals_of_the_file_system_name_the_file_and_the_reason(name):
 
 def test_torchs_writer_says_nothing_of_the_disk():
     with pytest.raises(RuntimeError, match="inline_container") as raised:
-        torch.save({"a": torch.zeros(1000)}, FillsUp())
+        torch.save({"a": torch.zeros(1000)}, FillsUp())  # type: ignore[arg-type]
     assert isinstance(raised.value.__context__, OSError)
 
 
@@ -381,7 +381,7 @@ def test_a_bug_in_saving_a_checkpoint_keeps_its_traceback(tmp_path, monkeypatch,
 
 def test_a_checkpoint_that_torch_cannot_write_names_the_disk(tmp_path, monkeypatch):
     save = torch.save
-    monkeypatch.setattr(atomic_checkpoint.torch, "save", lambda checkpoint, file: save(checkpoint, FillsUp()))
+    monkeypatch.setattr(atomic_checkpoint.torch, "save", lambda checkpoint, file: save(checkpoint, FillsUp()))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"last\.ckpt cannot be written: No space left.* go on with --ckpt_path last$"):
         AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(1000)}, tmp_path / "last.ckpt")
     assert list(tmp_path.iterdir()) == []
