@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,7 +188,10 @@ def run_part(name: str, args: argparse.Namespace) -> None:
     """One part, in this process; its claims are written last."""
     from benchmarks import gpu_parts  # imports torch, which the parent process does not need
 
-    part, place = PARTS[name], gpu_parts.Place(args.output, args.work, args.tiny)
+    part, work = PARTS[name], args.work / name
+    shutil.rmtree(work, ignore_errors=True)  # of an earlier run, with which this one would go on
+    work.mkdir(parents=True)
+    place = gpu_parts.Place(args.output, work, args.work / "models", args.tiny)
     claims = partial(getattr(gpu_parts, part.function), place)(*part.arguments)
     text = json.dumps([asdict(claim) for claim in claims])
     (args.work / f"{name}.json").write_text(text, encoding="utf-8")

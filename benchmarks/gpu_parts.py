@@ -73,12 +73,14 @@ class Place:
 
     Args:
         tables: folder of the tables.
-        work: folder of everything else; it may be deleted afterwards.
+        work: empty folder of everything else; it may be deleted afterwards.
+        models: folder of the random models, which all parts share.
         tiny: whether a tiny random model stands for the embedded one and for Stable Diffusion 1.5.
     """
 
     tables: Path
     work: Path
+    models: Path
     tiny: bool = False
 
     @property
@@ -91,7 +93,7 @@ class Place:
         """The base model of the parts that look at what works, not at what it costs."""
         if not self.tiny:
             return "embedded"
-        return str(saved(self.work / "tiny-model", tiny=True, device="cpu"))
+        return str(saved(self.models / "tiny", tiny=True, device="cpu"))
 
     def flags(self, folder: str) -> list[str]:
         """Of each run: base model, folder, one device."""
@@ -426,7 +428,7 @@ def memory_by_mode(place: Place) -> list[Claim]:
 def real_size(place: Place) -> list[Claim]:
     """Whole runs on Stable Diffusion 1.5's shape, class images and checkpoint included: peak memory of the process."""
     cuda = place.device == "cuda"
-    folder = saved(place.work / "shape", place.tiny, place.device)
+    folder = saved(place.models / ("tiny" if place.tiny else "sd15"), place.tiny, place.device)
     say("a random model of Stable Diffusion 1.5's shape is on the disk")
     photos = place.work / "four-photos"
     photos.mkdir(exist_ok=True)

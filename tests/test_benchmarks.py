@@ -234,7 +234,6 @@ def test_what_would_start_after_the_limit_is_not_started(stand_ins, tmp_path):
 @pytest.mark.parametrize("name", ["machine", "victim-full", "distance", "real-size", "profile"])
 def test_a_part_of_the_script_for_the_first_gpu_runs_anywhere(tmp_path, name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (tmp_path / "work").mkdir()
     args = first_gpu.parse(["--tiny", f"--work={tmp_path / 'work'}"])
     first_gpu.run_part(name, args)
     claims = json.loads((tmp_path / "work" / f"{name}.json").read_text())
