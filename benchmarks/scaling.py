@@ -30,10 +30,7 @@ from benchmarks.tables import write
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"
 STRATEGIES = {  # of two processes, whose messages are counted
-    "DDP": {
-        "class_path": "lightning.pytorch.strategies.DDPStrategy",
-        "init_args": {"forward_sync_buffers": False},
-    },
+    "DDP": {"class_path": "DDP"},
     "ZeRO-2": {"class_path": "tests.lightning_modules.ranks.DeepSpeedCPU", "init_args": {"stage": 2}},
     "ZeRO-3": {"class_path": "tests.lightning_modules.ranks.DeepSpeedCPU", "init_args": {"stage": 3}},
     "FSDP2": {"class_path": "FSDP2"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim import AdamW, Optimizer
 
 from antidreambooth.attack.methods import METHODS, Method, Settings
@@ -14,6 +14,7 @@ from antidreambooth.finetuning.adaptation import Adaptation
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.finetuning.full import Full
 from lightning_modules.cloaking import Cloaking
+from lightning_modules.running.strategies import tolerates_unused
 
 
 class ASPL(Cloaking):
@@ -50,8 +51,7 @@ class ASPL(Cloaking):
         """Refuses what would fail in the middle of a round."""
         super().setup(stage)
         strategy = self.trainer.strategy
-        patient = type(strategy) is DDPStrategy and strategy._ddp_kwargs.get("find_unused_parameters")
-        if len(self.sources) > 1 and not (patient or isinstance(strategy, SingleDeviceStrategy)):
+        if len(self.sources) > 1 and not (tolerates_unused(strategy) or isinstance(strategy, SingleDeviceStrategy)):
             raise InputError(
                 "only one base model of an ensemble learns at a time: use "
                 "--trainer.strategy ddp_find_unused_parameters_true"

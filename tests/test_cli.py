@@ -327,8 +327,7 @@ def test_ranks_send_gradients_and_losses_and_nothing_else(command, small_model, 
     hashes = "{class_path: tests.lightning_modules.rank_hashes.RankHashes}"
     callbacks = f"--trainer.callbacks=[{hashes}, {{class_path: benchmarks.watch.Watch}}]"
     watch = f"--trainer.callbacks.file={tmp_path / 'seen.json'}"
-    ddp = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"forward_sync_buffers": False}}
-    process = start(command("--trainer.devices=2", f"--trainer.strategy={json.dumps(ddp)}", callbacks, watch))
+    process = start(command("--trainer.devices=2", '--trainer.strategy={"class_path": "DDP"}', callbacks, watch))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     first, second = ((tmp_path / "out" / f"rank-{rank}.txt").read_text() for rank in (0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,10 +16,22 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from antidreambooth.errors import InputError
 
 SUPPORTED = "auto (one device), ddp, or the files of configs/trainer (deepspeed-2, deepspeed-3, fsdp)"
+
+
+class DDP(DDPStrategy):
+    """Every rank has the whole model. Buffers are not sent: they are the same on every rank."""
+
+    def configure_ddp(self) -> None:
+        """Lightning's, by the name that this torch has for it: 2.11 knows the older one alone."""
+        known = signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        self._ddp_kwargs.setdefault(name, False)
+        super().configure_ddp()
 
 
 class Autocast(DeepSpeedPrecision):
@@ -106,3 +119,10 @@ def replicates(strategy: Strategy) -> bool:
     """Whether each process has the whole of everything: one device, or DDP, of which DeepSpeed's is a subclass."""
     ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
     return ddp or isinstance(strategy, SingleDeviceStrategy)
+
+
+def tolerates_unused(strategy: Strategy) -> bool:
+    """Whether a step may leave some of the weights without a gradient: DDP that looks for unused parameters."""
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, DDPStrategy):
+        return False
+    return bool(strategy._ddp_kwargs.get("find_unused_parameters"))

@@ -1,6 +1,7 @@
 """The round against a plain reference with deep copies, and the seed rule."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,27 @@ def test_three_rounds_equal_a_plain_reference_bit_for_bit(backbone, bf16):
     for (name, actual), wanted in zip(backbone.state_dict().items(), theta.state_dict().values(), strict=True):
         assert torch.equal(actual, wanted), name
     assert not any(torch.isnan(value) for value in outcome.losses)
+
+
+def test_fp32_weights_learn_at_the_published_rate_and_bf16_ones_do_not(backbone):
+    """A step of the published rate is less than what bf16 can tell apart in nearly all weights."""
+    training = replace(TRAINING, learning_rate=5e-7, train_text_encoder=False)  # most of whose tokens have no gradient
+    surrogate, _ = setup(backbone, training)
+    before = [weight.detach().clone() for weight in surrogate.weights.parameters]
+    halves = [weight.bfloat16().requires_grad_() for weight in before]
+    with autocast(True):
+        surrogate.learn_clean(Turn(0), Turn(0).generator(before[0].device))
+    optimizer = AdamW(halves, lr=5e-7, weight_decay=training.weight_decay)
+    for step in range(3):
+        for weight in halves:
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+        optimizer.step()
+
+    def changed(now, then):
+        return float(torch.cat([(a != b).flatten() for a, b in zip(now, then, strict=True)]).float().mean())
+
+    assert changed(surrogate.weights.parameters, before) > 0.9
+    assert changed(halves, [weight.bfloat16() for weight in before]) < 0.1
 
 
 def test_only_the_surrogate_and_the_photos_change(backbone):

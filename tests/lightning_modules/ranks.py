@@ -7,6 +7,7 @@ Run by test_strategies.py, with torchrun's variables set, as
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,14 +15,14 @@ import torch
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from safetensors.torch import save_file
 
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.weights import Weights
 from callbacks import TrainedModel
 from datamodules import Protection, Subject
-from lightning_modules import ASPL, FSDP2, DeepSpeed, Victim
+from lightning_modules import ASPL, DDP, FSDP2, DeepSpeed, Victim
 from lightning_modules.running.sharding import gathered
 
 SURROGATE = DreamBooth(learning_rate=1e-3, batch_size=2, steps=2, prior=PriorPreservation(weight=0.5, images=3))
@@ -42,8 +43,8 @@ class DeepSpeedCPU(DeepSpeed):
         super(DeepSpeedStrategy, self).setup_environment()
 
 
-STRATEGIES = {
-    "ddp": lambda: DDPStrategy(forward_sync_buffers=False),
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "ddp": DDP,
     "zero-1": lambda: DeepSpeedCPU(stage=1),
     "zero-2": lambda: DeepSpeedCPU(stage=2),
     "zero-3": lambda: DeepSpeedCPU(stage=3),

@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 
 from antidreambooth.errors import InputError
 from cli import main
-from lightning_modules import FSDP2, DeepSpeed
+from lightning_modules import DDP, FSDP2, DeepSpeed
 from lightning_modules.cloaking import Cloaking
 from lightning_modules.running.strategies import check
 from tests.conftest import ROOT
@@ -63,7 +63,7 @@ def test_deepspeed_wants_gpus(tmp_path):
 
 
 def test_the_others_are_let_through(tmp_path):
-    for strategy in (DDPStrategy(), DeepSpeed(stage=3), FSDP2()):
+    for strategy in (DDPStrategy(), DDP(), DeepSpeed(stage=3), FSDP2()):
         check(strategy)
     check(Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_checkpointing=False).strategy)
 

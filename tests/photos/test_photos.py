@@ -325,7 +325,7 @@ KINDS: dict[str, tuple[Image.Image, str, dict[str, Any], Sequence[tuple[int, ...
     "32-bit tiff": (deep(np.int32), "TIFF", {}, GREYS),
     "CMYK jpeg": (plain("CMYK", (0, 255, 255, 0)), "JPEG", {}, [RED]),  # written inverted, as Adobe does
     "CMYK tiff": (row((0, 255, 255, 0), (0, 0, 0, 255), mode="CMYK"), "TIFF", {}, [RED, (0, 0, 0)]),
-    "YCbCr tiff": (row(RED, BLUE).convert("YCbCr"), "TIFF", {}, [(254, 0, 0), (0, 0, 254)]),
+    "YCbCr tiff": (row(RED, BLUE).convert("YCbCr"), "TIFF", {"compression": "tiff_lzw"}, [(254, 0, 0), (0, 0, 254)]),
     "LAB tiff": (row(REDDISH, GREENISH).convert("LAB"), "TIFF", {}, [REDDISH, GREENISH]),
     "first of gif": (palette(RED), "GIF", {"save_all": True, "append_images": [palette(BLUE)]}, [RED]),
     "first of png": (row(RED), "PNG", {"save_all": True, "append_images": [row(BLUE)]}, [RED]),
