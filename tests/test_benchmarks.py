@@ -48,13 +48,8 @@ def test_the_counter_knows_what_is_held_and_what_is_let_go():
         assert counter.held() == 4000
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param(Mode("", bf16=False), id="fp32"),
-        pytest.param(Mode("", checkpointing=True), id="checkpointing", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [Mode("", bf16=False), Mode("", checkpointing=True)], ids=["fp32", "checkpointing"])
 def test_the_count_agrees_with_the_allocator(mode):
     with fake():
         shapes = Round(TINY, mode, "cpu")

@@ -34,7 +34,7 @@ from tests.conftest import ROOT, SURROGATE
 from tests.helpers import files, manifest, pixels, refused, start, wait_for
 
 OTHERS = {"dreambooth", "dreambooth-lora", "textual-inversion", "pretraining", "people"}  # have tests of their own
-QUICK = ("aspl", "fsmg")
+QUICK = ("aspl", "fsmg")  # a surrogate that learns, and one that does not
 CONFIGS = sorted({path.stem for path in (ROOT / "configs").glob("*.yaml")} - OTHERS)
 OWN = {"perturbation", "memory", "passes"}  # of a checkpoint
 TRAINING = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))  # as `command` says by flags
@@ -161,14 +161,18 @@ def test_a_notebook_sets_what_the_command_line_sets(
 @pytest.mark.parametrize(
     "flags", [["--model.step_rule=Momentum", *FALLING], ["--model.step_rule=NormalizedL2"]], ids=["momentum", "l2"]
 )
-@pytest.mark.parametrize("config", ["aspl", "e-aspl", "advdm"])
-def test_what_a_step_rule_remembers_is_resumed_bit_for_bit(command, config, flags, tmp_path):
+@pytest.mark.parametrize(
+    "config", ["aspl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("e-aspl", "advdm"))]
+)
+def test_what_a_step_rule_remembers_is_resumed_bit_for_bit(command, config, flags, tmp_path, noted):
     main(command(*flags, config=config, rounds=3, out="whole"))
     interrupt = "--trainer.callbacks+=tests.lightning_modules.told.Told"
     told = [interrupt, f"--trainer.callbacks.number={int(signal.SIGTERM)}", "--trainer.callbacks.epoch=0"]
     with pytest.raises(SystemExit):
         main(command(*flags, *told, config=config, rounds=3, out="parts"))
+    rounds = noted(Cloaking)
     main(command(*flags, "--ckpt_path=last", config=config, rounds=3, out="parts"))
+    assert rounds == [1, 2]
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
     main(command(config=config, rounds=3, out="plain"))
     assert files(tmp_path / "whole")["a.png"] != files(tmp_path / "plain")["a.png"]

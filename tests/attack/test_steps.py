@@ -86,18 +86,17 @@ def test_a_gradient_of_zero_gives_no_step(rule):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_rounds_resume_from_what_is_remembered(backbone, rule):
-    """Two calls of three steps are six steps, if the memory that lasts is handed over; the budget holds throughout."""
+    """A round equals one that was given only what a checkpoint keeps; the budget holds throughout."""
     originals = to_float(random_images(2))
     surrogate, attack = Fixed(backbone, PROMPT), PGD(budget=4.0, steps=3, rule=rule)
-    cloaked, memory, apart = originals + attack.start(originals, 5), None, None
+    cloaked, memory = originals + attack.start(originals, 5), None
     for number in range(3):
         turn = Turn(number, seed=5, rounds=3)
         outcome = alternate([surrogate], originals, cloaked, attack, turn, memory)
-        # What a checkpoint keeps: the memory of a rule that lasts, and nothing of another.
-        kept = [m.clone() for m in outcome.memory] if rule.lasting else None
+        # A checkpoint keeps the memory of a rule that lasts, and nothing of another.
         apart = alternate([surrogate], originals, cloaked, attack, turn, memory if rule.lasting else None)
         assert torch.equal(apart.cloaked, outcome.cloaked)
-        cloaked, memory = outcome.cloaked, kept
+        cloaked, memory = outcome.cloaked, outcome.memory
         assert (cloaked - originals).abs().max() <= 4 * STEP + 1e-6
         assert cloaked.abs().max() <= 1
     assert not torch.equal(cloaked, originals)

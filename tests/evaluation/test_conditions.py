@@ -10,8 +10,6 @@ from antidreambooth.evaluation.conditions import JPEG, Blur, Clean, Mix, Rescale
 from antidreambooth.finetuning.augmentation import jpeg
 from tests.conftest import random_images
 
-# torchvision will drop its encoder for TorchCodec's
-
 
 def nothing():
     pytest.fail("the backbone was loaded, which takes a while, and nothing here needs it")

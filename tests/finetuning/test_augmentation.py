@@ -12,8 +12,6 @@ from PIL import Image
 from antidreambooth.finetuning.augmentation import Augmentation, jpeg
 from tests.conftest import random_images
 
-# torchvision will drop its encoder for TorchCodec's
-
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)

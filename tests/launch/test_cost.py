@@ -1,7 +1,5 @@
 """What runs are said to take, against what they took."""
 
-import sys
-
 import pytest
 import yaml
 
@@ -9,20 +7,8 @@ from cli import main, parsed
 from launch.cost import Footprint, Kind, disk_line, duration, footprint_of_cloak, footprint_of_victim, time_line
 from tests.conftest import ROOT
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),  # lightning's own
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # LightningCLI's
-    pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision"),  # of 0.29
-    pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`"),  # a test's log_dict gives none
-]
 CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
 PICTURE = 3 * 16**2  # bytes
-
-
-@pytest.fixture(autouse=True)
-def _nothing_of_pytests(monkeypatch):
-    """LightningCLI warns about arguments of the process beside the given ones."""
-    monkeypatch.setattr(sys, "argv", ["cli.py"])
 
 
 def settings_of(config, model, *flags):

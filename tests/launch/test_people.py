@@ -269,7 +269,8 @@ def test_going_on_equals_not_stopping(ask, failed, done, tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(ASPL, "training_step", stopped)
-        assert failed("--names=[ann]") == "1"  # as a worker that was told to stop ends
+        with pytest.raises(SystemExit, match=r"^1$"):  # as a worker that was told to stop ends
+            ask("--names=[ann]")
     signal.signal(signal.SIGINT, disturbance)  # Lightning ignores it from then on
     out = tmp_path / "out"
     checkpoint = out / "ann" / "checkpoints" / "last.ckpt"

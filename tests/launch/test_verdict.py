@@ -36,10 +36,6 @@ from tests.conftest import ROOT, random_images
 from tests.conftest import contents as contents_of
 from tests.helpers import make_photos
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision"),  # of 0.29
-    pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`"),  # a test's log_dict gives none
-]
 VERDICTS = sorted((ROOT / "configs" / "verdict").glob("*.yaml"))
 CPU = "--trainer.accelerator cpu --trainer.precision 32-true"
 ASPL = (
