@@ -100,12 +100,12 @@ class Plain:
         models, settings, losses = deepcopy(models), self.task.training, []  # left out: a deep copy for every phase
         rate, steps, prior = given(settings.learning_rate, 0.0), given(settings.steps, 0), settings.prior
         optimizer = AdamW(models.parameters(), lr=rate, weight_decay=settings.weight_decay)
-        batches = turn.batches(steps, given(settings.batch_size, 1), len(images))
+        batches = turn.batches(steps, given(settings.batch_size, 1), len(images), images.device)
         others = self.task.classes
         for step, batch in enumerate(batches):
             pixels, prompts = images[batch], [settings.instance_prompt] * len(batch)
             if others is not None:
-                pixels = torch.cat([pixels, others[turn.batches(steps, len(batch), len(others))[step]]])
+                pixels = torch.cat([pixels, others[turn.batches(steps, len(batch), len(others), images.device)[step]]])
                 prompts += [given(prior.class_prompt, "")] * len(batch)
             # left out: the VAE in every step; ours encodes clean and class images once a run, cloaked ones once a round
             each = self.loss(models, pixels, prompts, generator)

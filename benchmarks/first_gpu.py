@@ -62,8 +62,8 @@ PARTS = {  # in this order; those that need not be alone run together, where the
     "speed": Part("speed", 150, arguments=(VARIANTS, "speed", "", 3)),
     "memory": Part("memory_by_mode", 100),
     "real-size": Part("real_size", 140),
-    "profile": Part("speed", 60, arguments=("bf16,plain-bf16", "profile", "bf16,plain-bf16", 1)),
-    "compile": Part("speed", 170, arguments=("autotune,compile", "compile", "", 3)),
+    "profile": Part("speed", 100, arguments=("bf16", "profile", "bf16", 1)),
+    "compile": Part("speed", 170, arguments=("compile,bf16", "compile", "", 3)),
 }
 
 

@@ -16,6 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.surrogates import Alternating
 from antidreambooth.diffusion.backbone import Posterior
+from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
@@ -125,7 +126,9 @@ class Round:
         noise = self.classes.mean[:1].expand(2 * count, -1, -1, -1)
         step = torch.zeros((), dtype=torch.long, device=self.device)
         latents = backbone.unet(noise, step, encoder_hidden_states=text).sample.chunk(2)[0]
-        backbone.vae.decode(latents / backbone.vae.config.scaling_factor)
+        with full_precision(torch.device(self.device)):
+            for one in torch.split(latents.float(), 1):
+                backbone.decode(one)
 
     def phases(self) -> list[Callable[[], None]]:
         """Those of ``PHASES``."""

@@ -137,10 +137,10 @@ class Victim(BackboneModule):
         settings, turn = self.training_settings, self.turn_of(batch_idx)
         assert settings.batch_size is not None  # completed in the constructor
         generator = turn.generator(self.device)
-        (chosen,) = turn.batches(1, settings.batch_size, len(batch))
+        (chosen,) = turn.batches(1, settings.batch_size, len(batch), self.device)
         classes = None
         if self.classes is not None:
-            (others,) = turn.batches(1, settings.batch_size, len(self.classes.mean))
+            (others,) = turn.batches(1, settings.batch_size, len(self.classes.mean), self.device)
             classes = self.classes.rows(others)
         loss = dreambooth_loss(self.backbone, settings, self._instances(batch, chosen, generator), classes, generator)
         self.log("victim/loss", loss.detach(), prog_bar=True)

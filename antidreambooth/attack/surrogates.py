@@ -126,8 +126,9 @@ class Alternating:
     def _learn(self, instances: Posterior, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
         """One phase of DreamBooth steps with a fresh AdamW; returns the mean loss."""
         size, steps = given(self.training.batch_size, 1), given(self.training.steps, 0)
-        batches = turn.batches(steps, size, len(instances.mean))
-        classes = turn.batches(steps, size, len(self.classes.mean)) if self.classes else batches
+        where = instances.mean.device
+        batches = turn.batches(steps, size, len(instances.mean), where)
+        classes = turn.batches(steps, size, len(self.classes.mean), where) if self.classes else batches
         total = torch.zeros((), device=instances.mean.device)
         self.weights.forget()  # whoever writes a checkpoint may have filled in moments
         with training_mode(self.backbone, self.training):

@@ -37,7 +37,7 @@ class Turn:
         """How much of the run is done, from 0 to 1, after ``share`` (0 to 1) of this round."""
         return (self.number + share) / self.rounds
 
-    def batches(self, steps: int, size: int, count: int) -> list[Int[Tensor, " size"]]:
+    def batches(self, steps: int, size: int, count: int, device: torch.device) -> list[Int[Tensor, " size"]]:
         """Which of ``count`` images this rank trains on in each step of a phase.
 
         The index goes on from round to round and from rank to rank, so that every image gets its turn; the
@@ -45,4 +45,5 @@ class Turn:
         """
         first = self.number * steps
         starts = [((first + step) * self.ranks + self.rank) * size for step in range(steps)]
-        return [torch.arange(start, start + size) % count for start in starts]
+        # Made on the device: an index that comes from the CPU makes the host wait in each step.
+        return [torch.arange(start, start + size, device=device) % count for start in starts]

@@ -195,7 +195,7 @@ def test_every_image_gets_its_turn(steps, size, count, ranks):
     per_round = steps * size * ranks
     for number in range(count):
         for rank in range(ranks):
-            for batch in Turn(number, rank=rank, ranks=ranks).batches(steps, size, count):
+            for batch in Turn(number, rank=rank, ranks=ranks).batches(steps, size, count, torch.device("cpu")):
                 assert len(batch) == size
                 seen[batch] = seen.scatter_add(0, batch, torch.ones(size))[batch]
     assert seen.sum() == count * per_round

@@ -57,7 +57,9 @@ class Several:
     def step(self, optimizer, step, steps, instances, classes):
         gradients, learned = [], self.backbone.learned()
         for turn, generator in zip(self.turns, self.generators, strict=True):
-            own, others = (turn.batches(steps, 2, len(part.mean))[step] for part in (instances, classes))
+            own, others = (
+                turn.batches(steps, 2, len(part.mean), part.mean.device)[step] for part in (instances, classes)
+            )
             rows = instances.rows(own), classes.rows(others)
             loss = dreambooth_loss(self.backbone, self.training, *rows, generator)
             gradients.append(torch.autograd.grad(loss, learned))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,7 +27,16 @@ OTHERS: dict[str, Any] = {"tokenizer": CLIPTokenizer, "scheduler": DDPMScheduler
 
 
 class StableDiffusion(Backbone):
-    """Stable Diffusion 1.x or 2.x, with epsilon- or v-prediction (arXiv:2112.10752)."""
+    """Stable Diffusion 1.x or 2.x, with epsilon- or v-prediction (arXiv:2112.10752).
+
+    Args:
+        parts: see ``Backbone``.
+        named_parts: the same by name.
+    """
+
+    def __init__(self, *parts: Any, **named_parts: Any) -> None:
+        super().__init__(*parts, **named_parts)
+        self.known_tokens: dict[tuple[str, int, torch.device], Tensor] = {}
 
     @property
     def latent_channels(self) -> int:
@@ -51,14 +61,18 @@ class StableDiffusion(Backbone):
 
     def embed(self, prompts: list[str]) -> Float[Tensor, "p length width"]:
         """Prompts to the text encoder's last hidden states, padded or truncated to the tokenizer's length."""
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids
-        return cast(Tensor, self.text_encoder(tokens.to(self.alphas_cumprod.device))[0])
+        return cast(Tensor, self.text_encoder(torch.stack([self._tokens(prompt) for prompt in prompts]))[0])
+
+    def _tokens(self, prompt: str) -> Int[Tensor, " length"]:
+        """A prompt's tokens, on the device: copied there once, as a run asks for the same few in every step."""
+        device = self.alphas_cumprod.device
+        key = prompt, len(self.tokenizer), device  # textual inversion adds a token
+        if key not in self.known_tokens:
+            length = self.tokenizer.model_max_length
+            found = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=length)
+            with torch.inference_mode(False):  # what a test asks for may be trained on later
+                self.known_tokens[key] = torch.tensor(found.input_ids, device=device)
+        return self.known_tokens[key]
 
     def predict(
         self,
