@@ -265,6 +265,18 @@ def test_bf16_goes_on_bit_for_bit_too(command, tmp_path, noted):
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
 
+@pytest.mark.parametrize("made_by", [1, None, 99])
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(command, tmp_path, made_by):
+    """The first version's had no number; class paths in checkpoints have moved since."""
+    main(command(rounds=1))
+    before, path = files(tmp_path / "out"), tmp_path / "out" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint.pop("format")
+    torch.save(checkpoint | ({} if made_by is None else {"format": made_by}), path)
+    refused(command("--ckpt_path=last", rounds=2), f"the checkpoint has format {made_by or 1}", "start anew")
+    assert files(tmp_path / "out") == before
+
+
 def test_other_settings_than_the_checkpoints_are_named(command, photos, tmp_path):
     main(command())
     before = files(tmp_path / "out")
