@@ -66,6 +66,8 @@ class Round:
         self.alone = adaptation.surrogate_settings(plain, self.backbone.defaults)
         self.with_prior = adaptation.surrogate_settings(DreamBooth(steps=2), self.backbone.defaults)
         adaptation.apply(self.backbone, self.alone, seed=0)
+        with torch.no_grad():  # a run's prompts become tokens once
+            self.backbone.embed([self.alone.instance_prompt, self.backbone.defaults.class_prompt])
         if mesh:
             shard(self.backbone, mesh)
         self.weights = self._weights()
