@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ import datamodules  # noqa: F401
 from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.errors import DEBUG, InputError, causes, first_line
+from antidreambooth.files import locked
 from launch.fsmg_surrogates import train_surrogates
 from launch.help import FIT, TEST, USAGE, WELCOME, Help
 from launch.people.command import people
 from launch.verdict.command import verdict
 from lightning_modules import FSMG
 from lightning_modules.backbone_module import BackboneModule
+from lightning_modules.running.run_folder import ANOTHER, begin_fit, begin_test
 from lightning_modules.running.strategies import SUPPORTED
 
 TRAINER = {
@@ -61,6 +64,14 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One checkpoint in a fixed place, one TensorBoard log, the resolution that the model asks for."""
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="replace the result that an earlier run left in the same folder, once the new one is whole",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT.items()})
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
@@ -91,14 +102,24 @@ class CommandLine(LightningCLI):
             raise InputError(f"the trainer refuses its settings (--trainer.*): {reason}{names}") from error
 
     def before_fit(self) -> None:
-        """A method may need models that other fits train."""
+        """Looks at the photos and at what is in the folder; then, a method may need models that other fits train."""
+        chosen, data = self.config.fit, self.datamodule
+        overwrite, chosen.overwrite = chosen.overwrite, False  # the config that is kept may be used again
+        self.config_init.fit.ckpt_path = begin_fit(self.trainer, data, chosen.ckpt_path, overwrite)
         if isinstance(self.model, FSMG):
             train_surrogates(self.model, self.config.fit, main)
 
+    def before_test(self) -> None:
+        """Looks at the photos and at what is in the folder."""
+        chosen, data = self.config.test, self.datamodule
+        begin_test(self.trainer, data, chosen.ckpt_path, chosen.overwrite)
+
     def _run_subcommand(self, subcommand: str) -> None:
-        """Says in one line what would help where the GPU's memory is full: the module knows what it does not use."""
+        """One run at a time in a folder. Where the GPU's memory is full, says in one line what would help."""
+        first = self.trainer.is_global_zero
         try:
-            super()._run_subcommand(subcommand)
+            with locked(Path(self.trainer.default_root_dir), ANOTHER) if first else nullcontext():
+                super()._run_subcommand(subcommand)
         except torch.OutOfMemoryError as error:
             savers = self.model.memory_savers() if isinstance(self.model, BackboneModule) else []
             raise InputError(memory_is_full(error, savers)) from error

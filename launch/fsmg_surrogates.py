@@ -61,6 +61,7 @@ def train_surrogates(module: FSMG, config: Namespace, fit: Fit) -> None:
             "trainer.devices": trainer.devices[:1] if isinstance(trainer.devices, list) else 1,
             "trainer.precision": trainer.precision,
             "checkpoint.every_n_train_steps": 0,
+            "overwrite": "true",  # what an interrupted start left there
         }
         with _same_seed_afterwards():
             fit(["fit", f"--config={located(victim)}", *(f"--{k}={v}" for k, v in arguments.items()), *flags])

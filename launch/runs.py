@@ -44,13 +44,15 @@ def cloak_photos(
     root, begun = done.parent, done.with_name("begun.json")
     checkpoint = root / "checkpoints" / "last.ckpt"
     going_on = checkpoint.is_file()
+    again = begun.is_file()  # what an earlier start of this very function left there may be replaced
     before = 0.0  # seconds of earlier starts
     if going_on and finished(begun, settings):
         before = json.loads(begun.read_text(encoding="utf-8")).get("seconds", 0.0)
     started = time.monotonic() - before
     write_json(begun, {"settings": settings, "seconds": before})
     try:
-        fit(command(how, {**given, "trainer.default_root_dir": root, **({"ckpt_path": "last"} if going_on else {})}))
+        start = {"ckpt_path": "last"} if going_on else {"overwrite": "true"} if again else {}
+        fit(command(how, {**given, "trainer.default_root_dir": root, **start}))
     except BaseException:
         with suppress(InputError):  # on a full disk, say: what stopped the run is what counts
             write_json(begun, {"settings": settings, "seconds": time.monotonic() - started})
