@@ -8,7 +8,6 @@ import re
 import sys
 import traceback
 import warnings
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,13 @@ import datamodules  # noqa: F401
 from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.errors import DEBUG, InputError, causes, first_line
-from antidreambooth.files import locked
 from launch.fsmg_surrogates import train_surrogates
 from launch.help import FIT, TEST, USAGE, WELCOME, Help
 from launch.people.command import people
 from launch.verdict.command import verdict
 from lightning_modules import FSMG
 from lightning_modules.backbone_module import BackboneModule
-from lightning_modules.running.run_folder import ANOTHER, begin_fit, begin_test
+from lightning_modules.running.run_folder import begin_fit, begin_test, claimed
 from lightning_modules.running.strategies import SUPPORTED
 
 TRAINER = {
@@ -102,23 +100,21 @@ class CommandLine(LightningCLI):
             raise InputError(f"the trainer refuses its settings (--trainer.*): {reason}{names}") from error
 
     def before_fit(self) -> None:
-        """Looks at the photos and at what is in the folder; then, a method may need models that other fits train."""
-        chosen, data = self.config.fit, self.datamodule
+        """Looks at what is in the folder; then, a method may need models that other fits train."""
+        chosen = self.config.fit
         overwrite, chosen.overwrite = chosen.overwrite, False  # the config that is kept may be used again
-        self.config_init.fit.ckpt_path = begin_fit(self.trainer, data, chosen.ckpt_path, overwrite)
+        self.config_init.fit.ckpt_path = begin_fit(self.trainer, self.datamodule, chosen.ckpt_path, overwrite)
         if isinstance(self.model, FSMG):
             train_surrogates(self.model, self.config.fit, main)
 
     def before_test(self) -> None:
-        """Looks at the photos and at what is in the folder."""
-        chosen, data = self.config.test, self.datamodule
-        begin_test(self.trainer, data, chosen.ckpt_path, chosen.overwrite)
+        """Looks at what is in the folder."""
+        begin_test(self.trainer, self.config.test.ckpt_path, self.config.test.overwrite)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """One run at a time in a folder. Where the GPU's memory is full, says in one line what would help."""
-        first = self.trainer.is_global_zero
         try:
-            with locked(Path(self.trainer.default_root_dir), ANOTHER) if first else nullcontext():
+            with claimed(self.trainer, self.datamodule, subcommand):
                 super()._run_subcommand(subcommand)
         except torch.OutOfMemoryError as error:
             savers = self.model.memory_savers() if isinstance(self.model, BackboneModule) else []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from lightning import Trainer
 
 from antidreambooth.errors import InputError
-from antidreambooth.files import LOCK
+from antidreambooth.files import LOCK, locked
 from antidreambooth.provenance import photos_of, read_manifest
 
 ANOTHER = "give another folder with --trainer.default_root_dir"
@@ -33,14 +34,33 @@ UNREADABLE = (
 )
 
 
+@contextmanager
+def claimed(trainer: Trainer, data: Any, stage: str) -> Iterator[None]:
+    """Reads the photos, sees that the run will not write to them, and keeps other runs out of its folder.
+
+    Args:
+        trainer: of the run; its ``default_root_dir`` is the run's folder.
+        data: the data module, with ``files``.
+        stage: ``fit`` or ``test``.
+
+    Raises:
+        InputError: a photo is of no use, or another run is at work in the folder.
+    """
+    root = Path(trainer.default_root_dir)
+    data.setup(stage)
+    require_apart(root, data.files)
+    with locked(root, ANOTHER) if trainer.is_global_zero else nullcontext():
+        yield
+
+
 def begin_fit(trainer: Trainer, data: Any, ckpt_path: str | None, overwrite: bool) -> str | None:
-    """What a fit looks at before anything is computed: photos, the folder, the checkpoint.
+    """What a fit looks at before anything is computed: the checkpoint, and what is in the folder.
 
     Every rank looks, so that all of them end where one has to; the first one also clears away what was left.
 
     Args:
         trainer: of the run; its ``default_root_dir`` is the run's folder.
-        data: the data module, with ``files`` and ``record()``.
+        data: the data module, with ``record()``.
         ckpt_path: as the user gave it.
         overwrite: whether the user wants what is there to be replaced.
 
@@ -51,24 +71,20 @@ def begin_fit(trainer: Trainer, data: Any, ckpt_path: str | None, overwrite: boo
         InputError: something would be lost, or cannot be used.
     """
     root = Path(trainer.default_root_dir)
-    data.setup("fit")
-    require_apart(root, data.files)
     found = checkpoint_of(root, ckpt_path, trainer.max_epochs)
-    require_fit(root, data.record(), found is not None, overwrite)
+    require_fit(root, data.record(), found, overwrite)
     if trainer.is_global_zero:
         clear(root, overwrite and found is None)
     return found
 
 
-def begin_test(trainer: Trainer, data: Any, ckpt_path: str | None, overwrite: bool) -> None:
-    """What a test looks at before anything is computed, see ``begin_fit``.
+def begin_test(trainer: Trainer, ckpt_path: str | None, overwrite: bool) -> None:
+    """What a test looks at before anything is computed.
 
     Raises:
         InputError: a checkpoint is given, of which a test knows nothing, or another test's figures would be lost.
     """
     root = Path(trainer.default_root_dir)
-    data.setup("test")
-    require_apart(root, data.files)
     if ckpt_path is not None:
         raise InputError(f"a test reads the result that `fit` left in {root}: leave out --ckpt_path")
     if not overwrite and (root / "measures.json").exists():
@@ -88,13 +104,13 @@ def require_apart(root: Path, sources: Iterable[Path]) -> None:
             raise InputError(f"{source} lies where this run writes its own pictures, in {root}: {ANOTHER}")
 
 
-def require_fit(root: Path, record: dict[str, Any], resumed: bool, overwrite: bool) -> None:
+def require_fit(root: Path, record: dict[str, Any], checkpoint: str | None, overwrite: bool) -> None:
     """Refuses a fit by which a finished or a longer run would be lost.
 
     Args:
         root: the run's folder.
         record: of the data module: which photos these are, by content.
-        resumed: whether the run starts from a checkpoint.
+        checkpoint: what the run resumes from; None where it starts from the beginning.
         overwrite: whether the user wants what is there to be replaced.
 
     Raises:
@@ -107,13 +123,15 @@ def require_fit(root: Path, record: dict[str, Any], resumed: bool, overwrite: bo
             f"{root / 'cloaked'} holds files that no run there has made ({', '.join(strangers[:5])}): move them away, "
             f"or {ANOTHER}"
         )
-    if overwrite:
-        return
-    others = before is not None and photos_of(before) != photos_of(record)
-    if before is not None and (others or not resumed):
-        raise InputError(f"{root} holds {described(before)}{' of other photos' if others else ''}: {ways(before)}")
-    if not resumed and (root / "checkpoints" / "last.ckpt").exists():
-        raise InputError(f"{root} holds the checkpoint of a run: resume that with --ckpt_path last, {WAYS}")
+    kept = root / "checkpoints"
+    if overwrite or (checkpoint and Path(checkpoint).resolve().is_relative_to(kept.resolve())):
+        return  # a checkpoint knows itself which photos and settings it belongs to
+    if before is not None:
+        others = photos_of(before) != photos_of(record)
+        if others or not checkpoint:
+            raise InputError(f"{root} holds {described(before)}{' of other photos' if others else ''}: {ways(before)}")
+    if (kept / "last.ckpt").exists():
+        raise InputError(f"{root} holds the checkpoint of another run: resume that with --ckpt_path last, {WAYS}")
 
 
 def described(manifest: dict[str, Any]) -> str:
