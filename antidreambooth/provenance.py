@@ -103,18 +103,16 @@ def cloaked_by(photo: Path, sha256: str) -> Path | None:
     return None
 
 
-def require_originals(photos: Iterable[tuple[Path, str]]) -> None:
+def require_originals(photos: Iterable[tuple[Path, str]], advice: str) -> None:
     """Refuses photos that a run has cloaked already, as far as a manifest near them tells.
 
     Args:
         photos: file and SHA-256 of each.
+        advice: what the user can do.
 
     Raises:
         InputError: it names the first one.
     """
     for photo, sha256 in photos:
         if (root := cloaked_by(photo, sha256)) is not None:
-            raise InputError(
-                f"{photo} is no original: the run in {root} made it; give the original, or cloak it once more with "
-                "--data.again true"
-            )
+            raise InputError(f"{photo} is no original: the run in {root} made it; {advice}")

@@ -46,7 +46,8 @@ class Protection(LightningDataModule):
         self.photos = load_photos(Path(self.source), self.resolution)
         self.clean = load_photos(Path(self.clean_source), self.resolution) if self.clean_source else self.photos
         if not self.again:
-            require_originals((photo.path, photo.sha256) for photo in (*self.photos, *self.clean))
+            advice = "give the original, or cloak it once more with --data.again true"
+            require_originals([(photo.path, photo.sha256) for photo in (*self.photos, *self.clean)], advice)
 
     def train_dataloader(self) -> DataLoader[Photos]:
         """One batch: originals and clean photos in [-1, 1]."""

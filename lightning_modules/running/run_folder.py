@@ -138,7 +138,8 @@ def described(manifest: dict[str, Any]) -> str:
     """What a manifest's run is, in a few words."""
     state = "a finished run" if manifest.get("complete", True) else "an interrupted run"
     unit = "rounds" if "rounds" in manifest else "steps"
-    return f"{state} ({manifest.get(unit)} {unit})"
+    number = manifest.get(unit)
+    return f"{state} ({number} {unit.removesuffix('s') if number == 1 else unit})"
 
 
 def ways(manifest: dict[str, Any]) -> str:
