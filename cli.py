@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import callbacks  # noqa: F401 (class names on the command line resolve to what is imported)
 import datamodules  # noqa: F401
 from antidreambooth.diffusion.loading import read_defaults
-from antidreambooth.diffusion.precision import computes_in_bf16
+from antidreambooth.diffusion.precision import computes_in_bf16, usual_device
 from antidreambooth.errors import DEBUG, InputError, causes, first_line
 from launch.fsmg_surrogates import train_surrogates
 from launch.help import FIT, TEST, USAGE, WELCOME, Help
@@ -41,7 +42,6 @@ TRAINER = {
         "class_path": "lightning_modules.TensorBoardLog",
         "init_args": {"save_dir": ".", "name": "", "version": "tensorboard"},
     },
-    "precision": "bf16-mixed" if computes_in_bf16() else "32-true",
     "plugins": [{"class_path": "lightning_modules.AtomicCheckpointIO"}],
     "use_distributed_sampler": False,  # every rank holds all photos
 }
@@ -90,6 +90,15 @@ class CommandLine(LightningCLI):
             if backbone is not None and (notice := read_defaults(backbone).notice):
                 show(notice)
 
+    def before_instantiate_classes(self) -> None:
+        """Decides on the precision, where the user does not: the device that will run is known now."""
+        chosen = self.config[self.config.subcommand].trainer
+        if chosen.precision is None:
+            device = device_of(chosen)
+            able = computes_in_bf16(device)
+            chosen.precision = "bf16-mixed" if able else "32-true"
+            show(f"precision {chosen.precision}: {device} {'computes' if able else 'does not compute'} in bfloat16")
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Says in one line what the trainer refuses, such as a GPU where there is none."""
         try:
@@ -116,12 +125,28 @@ class CommandLine(LightningCLI):
         try:
             with claimed(self.trainer, self.datamodule, subcommand):
                 super()._run_subcommand(subcommand)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            self._end_other_ranks()
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
             savers = self.model.memory_savers() if isinstance(self.model, BackboneModule) else []
             raise InputError(memory_is_full(error, savers)) from error
 
+    def _end_other_ranks(self) -> None:
+        """Those that this process started; they would wait for it, and Lightning ends them after Ctrl-C only."""
+        if (launcher := self.trainer.strategy.launcher) is not None:
+            launcher.kill(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+
     def _parse_ckpt_path(self) -> None:
         """Does nothing: a checkpoint's settings are compared with the given ones, they never replace them."""
+
+
+def device_of(trainer: Namespace) -> torch.device:
+    """The device, or the first of those, on which a trainer with these settings runs."""
+    kinds = {"gpu": usual_device().type, "cuda": "cuda", "mps": "mps", "cpu": "cpu"}
+    kind = kinds.get(trainer.accelerator, usual_device().type)
+    several = kind == "cuda" and isinstance(trainer.devices, list) and trainer.devices
+    return torch.device(f"cuda:{trainer.devices[0]}" if several else kind)
 
 
 class Parsed(Exception):  # noqa: N818 (nothing is wrong)

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,13 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
         for key in keys
         for line in differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
     ]
+
+
+def without(record: Any, names: Collection[str]) -> Any:
+    """A record without some of its keys, at whatever depth."""
+    if not isinstance(record, dict):
+        return record
+    return {key: without(value, names) for key, value in record.items() if key not in names}
 
 
 def versions() -> dict[str, str]:

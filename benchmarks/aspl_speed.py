@@ -381,7 +381,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if args.size == "sd15" and args.device == "cpu" and not args.count_only:
         parser.error("sd15 takes hours and about 60 GB on a CPU: use --device cuda, or --count-only")
     if args.bf16 is None:  # emulated bf16 is slower than fp32
-        args.bf16 = computes_in_bf16()
+        args.bf16 = computes_in_bf16(torch.device(args.device))
     return args
 
 

@@ -18,7 +18,7 @@ from antidreambooth.photos.decoding import Photo, to_float
 from antidreambooth.photos.delivery import cloaked_names, require_change, to_8bit, write_png
 from antidreambooth.provenance import MANIFEST, read_manifest, versions
 from callbacks.comparison import comparison
-from callbacks.disk_space import require_room, require_writable
+from callbacks.disk_space import for_all_ranks, require_room, require_writable
 from callbacks.show import show
 
 log = logging.getLogger("antidreambooth")
@@ -38,20 +38,20 @@ class CloakedPhotos(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds out before any work whether the results can be written."""
-        if not trainer.is_global_zero:
-            return
         root = Path(trainer.default_root_dir)
         photos: list[Photo] = trainer.datamodule.photos  # type: ignore[attr-defined]
-        require_writable(root)
         looks = 3 + (trainer.max_epochs or 0) // self.every_n_epochs if self.every_n_epochs else 3
-        require_room(root, looks * sum(photo.pixels.numel() for photo in photos))
+        needed = looks * sum(photo.pixels.numel() for photo in photos)
+        for_all_ranks(trainer, lambda: require_writable(root))
+        for_all_ranks(trainer, lambda: require_room(root, needed))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same for the checkpoint, whose size is known now: the old one stays until the new one is there."""
-        if trainer.is_global_zero and trainer.checkpoint_callback is not None:
+        if trainer.checkpoint_callback is not None:
+            root = Path(trainer.default_root_dir)
             size = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
-            existing = sum(file.stat().st_size for file in Path(trainer.default_root_dir).glob("checkpoints/*.ckpt"))
-            require_room(Path(trainer.default_root_dir), 2 * size - existing)
+            existing = sum(file.stat().st_size for file in root.glob("checkpoints/*.ckpt"))
+            for_all_ranks(trainer, lambda: require_room(root, 2 * size - existing))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The photos so far, when they are due."""

@@ -4,11 +4,35 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+from lightning import Trainer
 
 from antidreambooth.errors import InputError
 
 FIX = "choose another folder with --trainer.default_root_dir"
+
+
+def for_all_ranks(trainer: Trainer, check: Callable[[], None]) -> None:
+    """Lets the first rank check something and ends all of them where that fails.
+
+    The others would else wait for the first one, on GPUs for half an hour.
+
+    Raises:
+        InputError: what the check said.
+    """
+    refusal: InputError | None = None
+    if trainer.is_global_zero:
+        try:
+            check()
+        except InputError as error:
+            refusal = error
+    if trainer.world_size > 1:
+        told = trainer.strategy.broadcast(refusal and str(refusal))
+        refusal = refusal or (InputError(told) if told else None)
+    if refusal is not None:
+        raise refusal
 
 
 def require_writable(folder: Path) -> None:

@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from antidreambooth.files import replacing, write_atomically, write_json
 from antidreambooth.photos.delivery import write_png
-from callbacks.disk_space import require_writable
+from callbacks.disk_space import for_all_ranks, require_writable
 from callbacks.show import show
 
 
@@ -23,8 +23,7 @@ class Likeness(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds out before any work whether the results can be written."""
-        if trainer.is_global_zero:
-            require_writable(Path(trainer.default_root_dir))
+        for_all_ranks(trainer, lambda: require_writable(Path(trainer.default_root_dir)))
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The results of all ranks; the module has ``rows``, ``pictures`` and ``generation``."""

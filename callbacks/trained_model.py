@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from antidreambooth.files import replacing, write_json
 from antidreambooth.provenance import MANIFEST, versions
-from callbacks.disk_space import require_room, require_writable
+from callbacks.disk_space import for_all_ranks, require_room, require_writable
 from callbacks.likeness import remove_test
 
 
@@ -18,15 +18,14 @@ class TrainedModel(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds out before any work whether the result can be written."""
-        if trainer.is_global_zero and stage == "fit":
-            require_writable(Path(trainer.default_root_dir))
+        if stage == "fit":
+            for_all_ranks(trainer, lambda: require_writable(Path(trainer.default_root_dir)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same for its size, which is known now; the optimizer's moments make a checkpoint three times as large."""
-        if trainer.is_global_zero:
-            trained = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
-            whole = sum(p.numel() * p.element_size() for p in pl_module.parameters())
-            require_room(Path(trainer.default_root_dir), 6 * trained + whole)
+        trained = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
+        whole = sum(p.numel() * p.element_size() for p in pl_module.parameters())
+        for_all_ranks(trainer, lambda: require_room(Path(trainer.default_root_dir), 6 * trained + whole))
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The result of a module that has ``adaptation``, ``trained()`` and ``record()``."""

@@ -19,13 +19,17 @@ from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import PriorPreservation
 from antidreambooth.photos.decoding import to_float
-from antidreambooth.provenance import describe, differences
+from antidreambooth.provenance import describe, differences, without
 from lightning_modules.running.preemption import Preemption
 from lightning_modules.running.sharding import shard, sharded, whole_at_birth
 from lightning_modules.running.strategies import check
 
 PRECISIONS = ("32-true", "bf16-mixed")
 FORMAT = 2  # of checkpoints: raised whenever older ones cannot be resumed any more
+FREE = (  # settings that a resumed run may change
+    *("micro_batch", "gradient_checkpointing", "offload"),  # memory: the result differs by rounding at most
+    *("generation", "faces", "stability"),  # of a test, which a fit does not depend on
+)
 
 
 class BackboneModule(LightningModule):
@@ -68,8 +72,7 @@ class BackboneModule(LightningModule):
 
     def build(self) -> None:
         """Loads the backbone onto the device that will run it."""
-        self.backbone = self.load(self.sources[0])
-        self.fingerprint = self.backbone.fingerprint()
+        self.backbone, self.fingerprint = self.load(self.sources[0])
 
     def on_train_start(self) -> None:
         """Ready to be told to go."""
@@ -89,13 +92,21 @@ class BackboneModule(LightningModule):
         """The base models, as loaded."""
         return [self.backbone]
 
-    def load(self, name: str) -> Backbone:
-        """A base model, on the device; revision and variant belong to the one that ``backbone`` names."""
+    def load(self, name: str) -> tuple[Backbone, str]:
+        """A base model, on the device, and its fingerprint; both are made once for several runs of a process.
+
+        Revision and variant belong to the one that ``backbone`` names.
+        """
         own = name == self.hparams.backbone
         chosen = (self.hparams.revision, self.hparams.variant) if own else (None, None)
-        if Path(name).is_relative_to(self.trainer.default_root_dir):  # trained for this run, of no use to another
-            return load_backbone(name, *chosen).to(self.place)
-        return remembered(lambda: (name, *chosen), lambda: load_backbone(name, *chosen)).to(self.place)
+
+        def loaded() -> tuple[Backbone, str]:
+            backbone = load_backbone(name, *chosen)
+            return backbone, backbone.fingerprint()
+
+        alone = Path(name).is_relative_to(self.trainer.default_root_dir)  # trained for this run, of no use to another
+        backbone, fingerprint = loaded() if alone else remembered(lambda: (name, *chosen), loaded)
+        return backbone.to(self.place), fingerprint
 
     @property
     def place(self) -> torch.device:
@@ -150,7 +161,7 @@ class BackboneModule(LightningModule):
                 f"the checkpoint has format {checkpoint.get('format', 1)}, this version resumes format {FORMAT}: "
                 "resume it with the version that wrote it, or start anew without --ckpt_path"
             )
-        changed = differences(checkpoint.get("record", {}), self.record())
+        changed = differences(without(checkpoint.get("record", {}), FREE), without(self.record(), FREE))
         if changed:
             raise InputError(
                 "the checkpoint was made with other settings: "
@@ -158,7 +169,9 @@ class BackboneModule(LightningModule):
                 + ". Go on with the same ones, or start anew without --ckpt_path"
             )
 
-    def class_posterior(self, backbone: Backbone, prior: PriorPreservation, micro_batch: int) -> Posterior | None:
+    def class_posterior(
+        self, backbone: Backbone, fingerprint: str, prior: PriorPreservation, micro_batch: int
+    ) -> Posterior | None:
         """Latents of the class images, for prior preservation; call it while the backbone is untouched."""
         if not prior.weight:
             return None
@@ -167,11 +180,14 @@ class BackboneModule(LightningModule):
 
         def encoded() -> Posterior:
             bar = self._progress("class images")
-            pictures = class_images(backbone, prompt, count, self.resolution, progress=bar)
+            with self.trainer.precision_plugin.forward_context():
+                pictures = class_images(
+                    backbone, prompt, count, self.resolution, batch=micro_batch, progress=bar, fingerprint=fingerprint
+                )
             return backbone.encode_all(to_float(pictures).to(self.place), micro_batch)
 
         how = (prompt, count, self.resolution, micro_batch, str(self.trainer.precision), self.place)
-        return remembered(lambda: (backbone.fingerprint(), *how), encoded)
+        return remembered(lambda: (fingerprint, *how), encoded)
 
     def _progress(self, what: str) -> Any:
         def bar(batches: Iterable[int]) -> Iterable[int]:

@@ -134,8 +134,9 @@ class Cloaking(BackboneModule):
         super().build()
         photos = len(self.trainer.datamodule.photos)  # type: ignore[attr-defined]
         self.perturbation = torch.zeros(photos, 3, self.resolution, self.resolution, device=self.place)
-        self.others = nn.ModuleList(self.load(name) for name in self.sources[1:])
-        self.fingerprints = [other.fingerprint() for other in self.backbones[1:]]  # before they learn anything
+        others = [self.load(name) for name in self.sources[1:]]
+        self.others = nn.ModuleList(backbone for backbone, _ in others)
+        self.fingerprints = [fingerprint for _, fingerprint in others]
         self.memory = self._remembered([self.attack.rule.begin(self.perturbation) for _ in self.backbones])
         self.assembly.adopt(self.backbones, self.class_latents, self.seed, self.prompts())
 
@@ -145,7 +146,9 @@ class Cloaking(BackboneModule):
 
     def class_latents(self, backbone: Backbone, prior: PriorPreservation) -> Posterior | None:
         """Latents of a base model's class images."""
-        return self.class_posterior(backbone, prior, self.attack.micro_batch)
+        known = zip(self.backbones, [self.fingerprint, *self.fingerprints], strict=True)
+        fingerprint = next(known_as for one, known_as in known if one is backbone)
+        return self.class_posterior(backbone, fingerprint, prior, self.attack.micro_batch)
 
     def lend(self, backbone: Backbone, training: DreamBooth) -> Weights:
         """The weights of a base model that learn, as the strategy lends them."""

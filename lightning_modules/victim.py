@@ -110,7 +110,7 @@ class Victim(BackboneModule):
         if self.trainer.testing:
             self.adaptation.load(self.backbone, Path(self.trainer.default_root_dir) / self.adaptation.folder)
             return
-        self.classes = self.class_posterior(self.backbone, training.prior, MICRO_BATCH)
+        self.classes = self.class_posterior(self.backbone, self.fingerprint, training.prior, MICRO_BATCH)
         self.adaptation.apply(self.backbone, training, self.seed)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

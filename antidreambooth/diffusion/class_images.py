@@ -22,6 +22,7 @@ from antidreambooth.files import writing
 from antidreambooth.photos.delivery import write_png
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
+BATCH = 4  # pictures that are drawn at a time; fewer on request, as this is what needs most memory
 
 
 def cache_folder() -> Path:
@@ -35,13 +36,14 @@ def class_images(
     count: int,
     resolution: int,
     seed: int = 0,
-    batch: int = 4,
+    batch: int = BATCH,
     progress: Progress = iter,
+    fingerprint: str | None = None,
 ) -> UInt8[Tensor, "n 3 h w"]:
     """``count`` pictures of the class prompt, from the cache or sampled now.
 
     Several processes may ask at once: one samples, the others wait for it. A killed run goes on where it stopped.
-    ``backbone`` must be untouched, since its weights are part of the cache's key.
+    ``backbone`` must be untouched, since its weights are part of the cache's key, as is the precision of whoever asks.
 
     Args:
         backbone: what samples them.
@@ -49,20 +51,23 @@ def class_images(
         count: how many.
         resolution: side in pixels.
         seed: of the noise.
-        batch: how many are sampled at a time.
+        batch: how many are sampled at a time; at most ``BATCH``.
         progress: wraps the loop over batches, for a progress bar.
+        fingerprint: of the backbone, where it is known already: it takes seconds for a large one.
 
     Raises:
         InputError: they cannot be written to the cache.
     """
+    batch, kind = min(batch, BATCH), backbone.alphas_cumprod.device.type
     made_by: dict[str, Any] = {
-        "backbone": backbone.fingerprint(),
+        "backbone": fingerprint or backbone.fingerprint(),
         "prompt": prompt,
         "resolution": resolution,
         "seed": seed,
         "batch": batch,  # a batch of another size rounds differently
         "guidance_scale": backbone.defaults.guidance_scale,
         "sampling_steps": backbone.defaults.sampling_steps,
+        **({"autocast": str(torch.get_autocast_dtype(kind))} if torch.is_autocast_enabled(kind) else {}),
     }
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / key

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -35,9 +36,35 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def computes_in_bf16() -> bool:
-    """Whether the processor (a GPU where there is one) computes in bfloat16; emulated, it is slower than fp32."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+@contextmanager
+def borrowing(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module on a device inside, on the CPU afterwards: what is kept for later takes no memory of a GPU."""
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to("cpu")
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16; where it is emulated, it is slower than fp32.
+
+    Args:
+        device: a GPU of NVIDIA's or AMD's, or the CPU. Of any other one (Apple's) it is not assumed.
+    """
+    if device.type == "cuda":
+        if not torch.cuda.is_available():  # the trainer will say so
+            return False
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
     abilities = torch.cpu.get_capabilities()
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+
+
+def usual_device() -> torch.device:
+    """The device of a run that is not told any: a GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 log = logging.getLogger("antidreambooth")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # a kill; SLURM's warning as set up here; submitit's
+# A kill; SLURM's warning as set up here; submitit's. Windows knows the first one only.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 class Preemption:
