@@ -20,7 +20,7 @@ from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import PriorPreservation
 from antidreambooth.photos.decoding import flatten, square, to_float
-from antidreambooth.photos.delivery import to_8bit
+from antidreambooth.photos.delivery import require_change, to_8bit
 
 log = logging.getLogger("antidreambooth")
 
@@ -102,6 +102,7 @@ def cloak(
             require_vital(outcome.vital_signs.tolist(), turn)
             perturbation, memory = outcome.cloaked - originals, outcome.memory
     cloaked = to_8bit((originals + perturbation).cpu(), pixels, budget)
+    require_change(pixels, cloaked, [f"image {number}" for number in range(len(cloaked))])
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in cloaked]
 
 

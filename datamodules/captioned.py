@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from antidreambooth.errors import InputError
-from antidreambooth.photos.captioned import Pictures, read_pictures
+from antidreambooth.photos.captioned import FILES, Pictures, read_pictures
 
 
 class Captioned(LightningDataModule):
@@ -39,6 +39,11 @@ class Captioned(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Pictures]:
         """All pictures, once for each step."""
         return DataLoader([self.pictures] * self.steps, batch_size=None)  # type: ignore[arg-type]
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read, and must never be written to."""
+        return [Path(self.folder).expanduser() / name for name in FILES]
 
     def record(self) -> dict[str, Any]:
         """Which they are, and what is said of them."""

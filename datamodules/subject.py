@@ -60,6 +60,11 @@ class Subject(LightningDataModule):
         batch = [(photo.name, photo.pixels) for photo in self.references]
         return DataLoader([batch], batch_size=None, collate_fn=list)  # type: ignore[arg-type]
 
+    @property
+    def files(self) -> list[Path]:
+        """What is read, and must never be written to."""
+        return [photo.path for photo in (*self.photos, *self.references)]
+
     def record(self) -> dict[str, Any]:
         """Which photos these are, by content: a folder may move."""
         return {"photos": {photo.name: photo.sha256 for photo in self.photos}}

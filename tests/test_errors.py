@@ -399,6 +399,7 @@ def test_a_result_that_cannot_be_saved_is_named(backbone, tmp_path, monkeypatch)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file/model cannot be written"):
         TrainedModel().on_fit_end(trainer, module)  # type: ignore[arg-type]
+    trainer.default_root_dir = str(tmp_path)
     monkeypatch.setattr(Full, "save", raising(BUGS[0]))
     with pytest.raises(AttributeError):
         TrainedModel().on_fit_end(trainer, module)  # type: ignore[arg-type]
@@ -438,7 +439,8 @@ def log(tmp_path):
 
 
 def test_a_log_that_cannot_be_written_is_one_line_before_all_else(words, tmp_path):
-    (tmp_path / "out").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tensorboard").touch()
     assert re.fullmatch(r".*/out/tensorboard cannot be written: .*; make it writable, .*", told(words()))
 
 

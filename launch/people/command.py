@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.errors import InputError
-from antidreambooth.files import write_atomically
+from antidreambooth.files import locked, write_atomically
 from launch.cost import attacked
 from launch.help import PEOPLE, USAGE, Help
 from launch.jobs import workers_of
@@ -53,11 +53,12 @@ def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
         return
     if left := sum(not record.is_file() for record in records):
         print(f"{left} of {len(records)} people to do, {min(left, workers_of(job.launcher))} at a time", flush=True)
-    try:
-        share_out(["people", *arguments], records, job.launcher, job.logs, "people")
-    finally:
-        found = states(job, changed)
-        write_summary(job, found)
+    with locked(job.root, "give another folder with --output"):
+        try:
+            share_out(["people", *arguments], records, job.launcher, job.logs, "people")
+        finally:
+            found = states(job, changed)
+            write_summary(job, found)
     if lost := [one for one in found if one.state != "done"]:
         reason = lost[0].error or "no worker got to it"
         raise InputError(

@@ -18,7 +18,7 @@ from launch.runs import hashes, is_config, located
 OURS = ("jobs", "summary.jsonl", "table.md")  # in the output folder, beside people
 # Our files' suffix, what a command line takes for a YAML mapping, what no terminal or UTF-8 file can show.
 ODD = re.compile(r"\.failed$|:( |$)|[\x00-\x1f\x7f\ud800-\udfff]")
-EACH = ("data.photos", "data.clean_photos", "seed_everything", "trainer.default_root_dir", "ckpt_path")
+EACH = ("data.photos", "data.clean_photos", "seed_everything", "trainer.default_root_dir", "ckpt_path", "overwrite")
 
 
 class Folders(NamedTuple):

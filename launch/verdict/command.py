@@ -18,6 +18,7 @@ from antidreambooth.evaluation.prose import paragraph
 from antidreambooth.evaluation.quality import LPIPS_MISSING, largest_difference, lpips, lpips_available, psnr, ssim
 from antidreambooth.evaluation.report import write_report
 from antidreambooth.evaluation.results import read_results
+from antidreambooth.files import locked
 from launch.help import USAGE, VERDICT, Help
 from launch.runs import Fit, Parse, finished
 from launch.tasks import Task, failures, share_out, work
@@ -49,8 +50,9 @@ def verdict(arguments: list[str], fit: Fit, parse: Parse) -> None:
         print("\n".join(estimate(tasks, experiment.launcher, experiment.root, parse)), flush=True)
     if options.dry_run:
         return
-    cloaks, cells = run(experiment, tasks, arguments)
-    write_results(experiment, tasks, cloaks, cells)
+    with locked(experiment.root, "give another --name"):
+        cloaks, cells = run(experiment, tasks, arguments)
+        write_results(experiment, tasks, cloaks, cells)
     if failed := {**cloaks, **cells}:
         counts = f"{len(cloaks)} cloaks and {len(cells)} cells failed" if cloaks else f"{len(cells)} cells failed"
         name, reason = next(iter(failed.items()))

@@ -105,7 +105,7 @@ def test_latents_of_other_pictures_are_not_used(fit, pictures, tmp_path):
     main(fit(steps=1))
     before = (tmp_path / "out" / "latents.safetensors").read_bytes()
     np.save(pictures / "pictures.npy", np.zeros((20, 16, 16, 3), np.uint8))
-    main(fit(steps=1))
+    main(fit("--overwrite", steps=1))
     assert (tmp_path / "out" / "latents.safetensors").read_bytes() != before
 
 
