@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from antidreambooth.attack.rounds import Photos
+from antidreambooth.errors import require
 from antidreambooth.photos.decoding import Photo, load_photos, to_float
 
 
@@ -27,6 +28,7 @@ class Protection(LightningDataModule):
 
     def __init__(self, photos: str = "examples/photos", clean_photos: str | None = None, resolution: int = 512) -> None:
         super().__init__()
+        require("resolution", resolution, 1)
         self.source, self.clean_source, self.resolution = photos, clean_photos, resolution
         self.photos: list[Photo] = []
         self.clean: list[Photo] = []
