@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 
 DEBUG = "ANTIDREAMBOOTH_DEBUG"
+Number = int | float  # types are checked in tests, where an int is no float
 
 
 class InputError(Exception):
@@ -26,19 +27,19 @@ class OutOfRangeError(InputError):
         allowed: which numbers are, in words.
     """
 
-    def __init__(self, name: str, value: float, allowed: str) -> None:
+    def __init__(self, name: str, value: Number, allowed: str) -> None:
         self.name, self.value, self.reason = name, value, f"is {allowed}: got {value}"
         super().__init__(f"{name} {self.reason}")
 
 
 def require(
     name: str,
-    value: float | None,
-    least: float | None = None,
-    most: float | None = None,
+    value: Number | None,
+    least: Number | None = None,
+    most: Number | None = None,
     *,
-    above: float | None = None,
-    below: float | None = None,
+    above: Number | None = None,
+    below: Number | None = None,
     unit: str = "",
 ) -> None:
     """Refuses a number out of its range, when it is given and not by a library later; NaN and infinity are in none.

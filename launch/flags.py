@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from antidreambooth.diffusion.seeding import require_seed
-from antidreambooth.errors import InputError, OutOfRangeError, causes, require
+from antidreambooth.errors import InputError, Number, OutOfRangeError, causes, require
 
 AT_LEAST = {  # numbers of Lightning's that it would take, or refuse with a traceback
     "trainer.accumulate_grad_batches": 1,
@@ -51,7 +51,7 @@ def flag_of(error: OutOfRangeError, settings: Namespace) -> str | None:
     return None
 
 
-def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+def numbers(value: Any, name: str = "") -> Iterator[tuple[str, Number]]:
     """All numbers of some settings, with their flags; those in a list have the list's."""
     if isinstance(value, Namespace | dict):
         for key, item in (value if isinstance(value, dict) else vars(value)).items():

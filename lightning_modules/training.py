@@ -121,7 +121,7 @@ class Training(BackboneModule):
         whole = self.whole()
         if whole.learned_fingerprint() == self._untouched:
             raise InputError(
-                f"nothing was learned: after {self.trainer.global_step} steps every weight is as it was, bit for bit, "
-                f"so nothing is saved; try a higher {self.rate}, or more steps ({self.length})"
+                f"nothing was learned: after step {self.trainer.global_step} every weight is as it was, bit for bit, "
+                f"so nothing is saved; try a higher {self.rate}, a shorter warm-up or more steps ({self.length})"
             )
         return whole
