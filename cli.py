@@ -25,6 +25,7 @@ import datamodules  # noqa: F401
 from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.errors import DEBUG, InputError, causes, first_line
+from launch.flags import named, require_numbers
 from launch.fsmg_surrogates import train_surrogates
 from launch.help import FIT, TEST, USAGE, WELCOME, Help
 from launch.people.command import people
@@ -85,10 +86,16 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also shows the terms of a model that has some, before anything else."""
         super().parse_arguments(parser, args)
+        require_numbers(self.config[self.config.subcommand])
         arguments = self.config.get(f"{self.config.subcommand}.model.init_args") or Namespace()
         for backbone in (arguments.get("backbone"), *(arguments.get("ensemble.backbones") or [])):
             if backbone is not None and (notice := read_defaults(backbone).notice):
                 show(notice)
+
+    def instantiate_classes(self) -> None:
+        """Calls a number out of range by its flag."""
+        with named(self.config[self.config.subcommand]):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Says in one line what the trainer refuses, such as a GPU where there is none."""
@@ -114,7 +121,7 @@ class CommandLine(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """One run at a time in a folder. Where the GPU's memory is full, says in one line what would help."""
         try:
-            with claimed(self.trainer, self.datamodule, subcommand):
+            with claimed(self.trainer, self.datamodule, subcommand), named(self.config[subcommand]):
                 super()._run_subcommand(subcommand)
         except torch.OutOfMemoryError as error:
             savers = self.model.memory_savers() if isinstance(self.model, BackboneModule) else []
@@ -137,8 +144,12 @@ class OnlyParsed(CommandLine):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "test")}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Ends here: LightningCLI's constructor would go on and run it."""
+        """Ends here: LightningCLI's constructor would go on and run it. What is built finds numbers out of range."""
         LightningCLI.parse_arguments(self, parser, args)
+        settings = self.config[self.config.subcommand]
+        require_numbers(settings)
+        with named(settings):
+            parser.instantiate_classes(self.config)
         raise Parsed(self.config)
 
 
