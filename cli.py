@@ -26,6 +26,7 @@ import datamodules  # noqa: F401
 from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.diffusion.precision import computes_in_bf16, usual_device
 from antidreambooth.errors import DEBUG, InputError, causes, first_line
+from launch.flags import named, require_numbers
 from launch.fsmg_surrogates import train_surrogates
 from launch.help import FIT, TEST, USAGE, WELCOME, Help
 from launch.people.command import people
@@ -85,6 +86,7 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also shows the terms of a model that has some, before anything else."""
         super().parse_arguments(parser, args)
+        require_numbers(self.config[self.config.subcommand])
         arguments = self.config.get(f"{self.config.subcommand}.model.init_args") or Namespace()
         for backbone in (arguments.get("backbone"), *(arguments.get("ensemble.backbones") or [])):
             if backbone is not None and (notice := read_defaults(backbone).notice):
@@ -98,6 +100,11 @@ class CommandLine(LightningCLI):
             able = computes_in_bf16(device)
             chosen.precision = "bf16-mixed" if able else "32-true"
             show(f"precision {chosen.precision}: {device} {'computes' if able else 'does not compute'} in bfloat16")
+
+    def instantiate_classes(self) -> None:
+        """Calls a number out of range by its flag."""
+        with named(self.config[self.config.subcommand]):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Says in one line what the trainer refuses, such as a GPU where there is none."""
@@ -123,7 +130,7 @@ class CommandLine(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """One run at a time in a folder. Where the GPU's memory is full, says in one line what would help."""
         try:
-            with claimed(self.trainer, self.datamodule, subcommand):
+            with claimed(self.trainer, self.datamodule, subcommand), named(self.config[subcommand]):
                 super()._run_subcommand(subcommand)
         except Exception as error:
             self._end_other_ranks()
@@ -162,8 +169,12 @@ class OnlyParsed(CommandLine):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "test")}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Ends here: LightningCLI's constructor would go on and run it."""
+        """Ends here: LightningCLI's constructor would go on and run it. What is built finds numbers out of range."""
         LightningCLI.parse_arguments(self, parser, args)
+        settings = self.config[self.config.subcommand]
+        require_numbers(settings)
+        with named(settings):
+            parser.instantiate_classes(self.config)
         raise Parsed(self.config)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -125,7 +126,21 @@ def locked(folder: Path, advice: str) -> Iterator[None]:
 
 def write_json(path: Path, record: Any) -> None:
     """Write plain values, indented. See ``write_atomically``."""
-    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    write_atomically(path, (to_json(record, indent=2) + "\n").encode())
+
+
+def to_json(record: Any, **how: Any) -> str:
+    """Plain values as JSON, which knows no NaN: what is undefined is null. ``how`` is that of ``json.dumps``."""
+    return json.dumps(_defined(record), allow_nan=False, **how)
+
+
+def _defined(value: Any) -> Any:
+    """None for each number that is not finite, however deep it lies."""
+    if isinstance(value, dict):
+        return {key: _defined(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_defined(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _refusal(error: Exception) -> OSError | None:

@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.quality import cloak_quality
 from antidreambooth.files import replacing, write_json
 from antidreambooth.photos.decoding import Photo, to_float
@@ -34,6 +34,7 @@ class CloakedPhotos(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 10) -> None:
+        require("every_n_epochs", every_n_epochs, 0)
         self.every_n_epochs = every_n_epochs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.photos.captioned import FILES, Pictures, read_pictures
 
 
@@ -25,6 +25,8 @@ class Captioned(LightningDataModule):
 
     def __init__(self, folder: str = "pictures", resolution: int = 512, steps: int = 1000) -> None:
         super().__init__()
+        require("resolution", resolution, 1)
+        require("steps", steps, 1)
         self.folder, self.resolution, self.steps = folder, resolution, steps
         self.pictures: Pictures | None = None
 

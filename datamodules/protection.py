@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from antidreambooth.attack.rounds import Photos
+from antidreambooth.errors import require
 from antidreambooth.photos.decoding import Photo, load_photos, to_float
 from antidreambooth.provenance import require_originals
 
@@ -35,6 +36,7 @@ class Protection(LightningDataModule):
         resolution: int = 512,
     ) -> None:
         super().__init__()
+        require("resolution", resolution, 1)
         self.source, self.clean_source, self.again, self.resolution = photos, clean_photos, again, resolution
         self.photos: list[Photo] = []
         self.clean: list[Photo] = []

@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.photos.decoding import Photo, load_photos
 
 
@@ -34,6 +34,8 @@ class Subject(LightningDataModule):
         steps: int = 1000,
     ) -> None:
         super().__init__()
+        require("resolution", resolution, 1)
+        require("steps", steps, 1)
         self.source, self.resolution, self.steps = photos, resolution, steps
         self.reference_sources = [reference_photos] if isinstance(reference_photos, str) else reference_photos
         self.photos: list[Photo] = []

@@ -68,7 +68,7 @@ def footprint_of_cloak(settings: Namespace, parse: Parse, keep_models: bool = Fa
         InputError: this is no cloaking run, or its base model cannot be found.
     """
     backbones, model, rounds = attacked(settings), settings.model.init_args, settings.trainer.max_epochs or 0
-    side = model.resolution or resolution_of(model.backbone, model.revision)
+    side = side_of(model)
     picture = picture_of(side)
     progress = rounds // every if (every := callback(settings, "CloakedPhotos").get("every_n_epochs")) else 0
     samples, grids = callback(settings, "SampleGrid"), 0
@@ -102,7 +102,7 @@ def footprint_of_victim(settings: Namespace, trained: bool = True, keep_models: 
     model = settings.model.get("init_args")
     if model is None or "generation" not in model:
         raise InputError("a victim is the config file of a model that is trained on photos (configs/dreambooth.yaml)")
-    side = model.resolution or resolution_of(model.backbone, model.revision)
+    side = side_of(model)
     picture = picture_of(side)
     drawn = 3 * len(model.generation.prompts) * model.generation.images * picture  # images, grid.png, TensorBoard
     if not trained:
@@ -186,6 +186,11 @@ def count_photos(folder: Path) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return len(find_photos(folder))
+
+
+def side_of(model: Namespace) -> int:
+    """The side of a run's pictures, in pixels."""
+    return int(resolution_of(model.backbone, model.revision) if model.resolution is None else model.resolution)
 
 
 def picture_of(side: int) -> int:

@@ -404,7 +404,7 @@ def test_surrogates_that_cannot_be_are_refused(command, surrogate, message):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--model.budget=0", "the budget is in 8-bit steps"),
+        ("--model.budget=0", "--model.budget is from 1 to 255 in 8-bit steps"),
         ("--model.ensemble.backbones=[outputs/nowhere/model]", "'outputs/nowhere/model' is no folder here"),
         ("--model.objective={class_path: Targeted, init_args: {target: nowhere}}", "'nowhere' is no picture"),
     ],

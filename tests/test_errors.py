@@ -639,7 +639,7 @@ DECODERS = [OSError("cut"), EOFError(), SyntaxError("broken PNG"), ValueError("t
 def test_what_decoders_say_of_a_photo_is_one_line(monkeypatch, place, error):
     data = picture()
     monkeypatch.setattr(*((Image, "open") if place == "open" else (ImageFile.ImageFile, "load")), raising(error))
-    with pytest.raises(InputError, match=r"^a\.png cannot be decoded: it is truncated or no image"):
+    with pytest.raises(InputError, match=r"^a\.png cannot be decoded: it is truncated or damaged"):
         decode(data, "a.png")
 
 

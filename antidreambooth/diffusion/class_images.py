@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from antidreambooth.diffusion.backbone import Backbone
-from antidreambooth.diffusion.sampling import noise_of, sample
+from antidreambooth.diffusion.sampling import blank, noise_of, sample
+from antidreambooth.errors import InputError
 from antidreambooth.files import writing
 from antidreambooth.photos.delivery import write_png
 
@@ -56,7 +57,7 @@ def class_images(
         fingerprint: of the backbone, where it is known already: it takes seconds for a large one.
 
     Raises:
-        InputError: they cannot be written to the cache.
+        InputError: they cannot be written to the cache, or are none: nothing but one colour, or not finite.
     """
     batch, kind = min(batch, BATCH), backbone.alphas_cumprod.device.type
     made_by: dict[str, Any] = {
@@ -80,6 +81,12 @@ def class_images(
         for start in progress(starts):
             # Always a whole batch, so that the pictures do not depend on how many were asked for.
             noise = noise_of(backbone, resolution, range(start, start + batch), seed)
-            for file, picture in zip(files[start:], sample(backbone, prompt, noise).cpu(), strict=False):
+            pictures = sample(backbone, prompt, noise).cpu()
+            if blank(pictures).all():
+                raise InputError(
+                    f"the base model draws class images of {prompt!r} that have one colour all over, of which nothing "
+                    "can be learned: use another base model"
+                )
+            for file, picture in zip(files[start:], pictures, strict=False):
                 write_png(file, picture)
     return torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])

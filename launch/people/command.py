@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.errors import InputError
-from antidreambooth.files import locked, write_atomically
+from antidreambooth.files import locked, to_json, write_atomically
 from launch.cost import attacked
+from launch.flags import named
 from launch.help import PEOPLE, USAGE, Help
 from launch.jobs import workers_of
 from launch.people.dry_run import State, plan
@@ -79,8 +80,9 @@ def parser() -> ArgumentParser:
 
 def read_people(options: Namespace) -> People:
     """The job that the options describe."""
-    values = vars(parser().instantiate(options))
-    job = People(**{key: value for key, value in values.items() if key not in ("config", "share", "dry_run")})
+    with named(options):
+        values = vars(parser().instantiate(options))
+        job = People(**{key: value for key, value in values.items() if key not in ("config", "share", "dry_run")})
     job.check()
     return job
 
@@ -146,7 +148,7 @@ def write_summary(job: People, found: list[State]) -> None:
         cells = (one.person, one.state, one.seconds, closeness, one.error)
         lines.append("| " + " | ".join("" if c is None else str(c).replace("|", r"\|") for c in cells) + " |")
     write_atomically(job.root / "table.md", ("\n".join(lines) + "\n").encode())
-    records = [json.dumps(one._asdict(), ensure_ascii=False) for one in found]
+    records = [to_json(one._asdict(), ensure_ascii=False) for one in found]
     write_atomically(job.root / "summary.jsonl", ("\n".join(records) + "\n").encode())
     print(f"{counts}; the table: {job.root / 'table.md'}", flush=True)
 

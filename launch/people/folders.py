@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from antidreambooth.diffusion.seeding import require_seed
 from antidreambooth.errors import InputError
 from launch.jobs import Launcher
 from launch.runs import hashes, is_config, located
@@ -48,6 +49,11 @@ class People:
     names: list[str] | None = None
     seed: int = 0
     launcher: Launcher = field(default_factory=Launcher)
+
+    def __post_init__(self) -> None:
+        require_seed("seed", self.seed)
+        if self.names is not None and not self.names:
+            raise InputError("--names is empty: leave it out for all people")
 
     @property
     def root(self) -> Path:
