@@ -15,7 +15,7 @@ from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
 from antidreambooth.diffusion.loading import load_backbone, resolution_of
-from antidreambooth.diffusion.precision import computes_in_bf16
+from antidreambooth.diffusion.precision import computes_in_bf16, usual_device
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import PriorPreservation
@@ -78,7 +78,8 @@ def cloak(
         raise InputError(f"rounds are 1 or more, got {rounds}")
     assembly = Assembly(METHODS[method], replace(settings or Settings(), budget=budget))
     side = resolution_of(backbone)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device) if device else usual_device()
+    low = computes_in_bf16(where)
     pixels = _pixels(images, side)
     originals = to_float(pixels).to(where)
     clean = to_float(_pixels(clean_images, side)).to(where) if clean_images else originals
@@ -88,13 +89,15 @@ def cloak(
 
     def class_latents(model: Backbone, prior: PriorPreservation) -> Posterior:
         assert prior.class_prompt is not None
-        pictures = class_images(model, prior.class_prompt, prior.images, side, progress=progress)
+        with torch.autocast(where.type, torch.bfloat16, enabled=low):
+            batch = assembly.attack.micro_batch
+            pictures = class_images(model, prior.class_prompt, prior.images, side, batch=batch, progress=progress)
         return model.encode_all(to_float(pictures).to(where), assembly.attack.micro_batch)
 
     assembly.adopt(models, class_latents, seed)
     # The perturbation is what is kept between rounds, as a training run keeps it: adding it rounds.
     perturbation, memory = assembly.attack.start(originals, seed), None
-    with torch.autocast(where.type, torch.bfloat16, enabled=computes_in_bf16()):
+    with torch.autocast(where.type, torch.bfloat16, enabled=low):
         surrogates = assembly.surrogates(originals, clean, plain_weights)
         for number in progress(range(total)):
             turn = Turn(number, seed, rounds=total)

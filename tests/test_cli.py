@@ -96,7 +96,7 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
 def test_a_notebook_gets_the_same_pixels(
     command, config, bf16, small_model, small_v_model, photos, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda: bf16)  # as the command's precision
+    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda device: bf16)  # as the command's precision
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # class images are drawn by both
     main(command(f"--trainer.precision={'bf16-mixed' if bf16 else '32-true'}", config=config, rounds=2))
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
@@ -141,7 +141,7 @@ FALLING = ["--model.step_rule.schedule=linear", "--model.step_rule.random_start=
 def test_a_notebook_sets_what_the_command_line_sets(
     command, config, flags, settings, small_model, small_v_model, photos, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda: False)  # as the command's precision
+    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda device: False)  # as the command's precision
     main(command(*flags, config=config))
     backbones = [str(small_model), str(small_v_model)][: 1 + METHODS[config].several]
     images = [Image.open(path) for path in sorted(photos.iterdir())]
