@@ -185,6 +185,91 @@ def test_a_falling_step_size_knows_the_runs_end(command, tmp_path):
         main(command("--model.step_rule=Sign", "--model.step_rule.schedule=linear", "--ckpt_path=last", rounds=3))
 
 
+@pytest.mark.parametrize(
+    ("able", "accelerator", "precision"),
+    [(False, "cpu", "32-true"), (True, "cpu", "bf16-mixed"), (False, "auto", "32-true")],
+)
+def test_the_precision_is_what_the_device_that_runs_can(command, tmp_path, monkeypatch, capsys, able, accelerator, precision):
+    asked: list[torch.device] = []
+
+    def computes_in_bf16(device):
+        asked.append(device)
+        return able
+
+    monkeypatch.setattr("cli.computes_in_bf16", computes_in_bf16)
+    show.cache_clear()
+    words = [word for word in command(rounds=1) if not word.startswith(("--trainer.precision", "--trainer.accel"))]
+    main([*words, f"--trainer.accelerator={accelerator}"])
+    assert asked == [usual_device() if accelerator == "auto" else torch.device("cpu")]
+    assert manifest(tmp_path / "out")["settings"]["precision"] == precision
+    assert f"precision {precision}: {asked[0]} {'computes' if able else 'does not compute'} in bfloat16" in (
+        capsys.readouterr().out.splitlines()
+    )
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "there", "expected"),
+    [
+        ("auto", "auto", "cuda", "cuda"),
+        ("gpu", 1, "cuda", "cuda"),
+        ("cuda", [2, 3], "cuda", "cuda:2"),
+        ("cpu", 2, "cuda", "cpu"),
+        ("auto", "auto", "mps", "mps"),
+        ("gpu", 1, "mps", "mps"),
+        ("auto", "auto", "cpu", "cpu"),
+    ],
+)
+def test_the_device_is_the_trainers_not_the_machines(monkeypatch, accelerator, devices, there, expected):
+    monkeypatch.setattr("cli.usual_device", lambda: torch.device(there))
+    assert device_of(Namespace(accelerator=accelerator, devices=devices)) == torch.device(expected)
+
+
+def test_memory_settings_and_those_of_a_test_may_change_on_resuming(command, tmp_path):
+    """After the GPU's memory was full, say: they do not change what comes out, but for rounding."""
+    main(command(rounds=1))
+    main(command("--model.micro_batch=1", "--model.surrogate.gradient_checkpointing=true", "--ckpt_path=last"))
+    main(command(out="whole"))
+    for name in ("a.png", "b.png", "c.png"):
+        resumed, whole = (pixels(tmp_path / out / "cloaked" / name).astype(int) for out in ("out", "whole"))
+        assert np.mean(resumed != whole) < 0.05
+
+
+@pytest.mark.parametrize(("config", "models"), [("aspl", 1), ("e-aspl", 2), ("advdm", 1)])
+def test_each_base_model_is_hashed_once(command, config, models, monkeypatch):
+    hashed, whole = [], Backbone.fingerprint
+
+    def noting(self):
+        hashed.append(self)
+        return whole(self)
+
+    monkeypatch.setattr(Backbone, "fingerprint", noting)
+    main(command(config=config, rounds=1))
+    assert len(hashed) == models
+
+
+@pytest.mark.slow
+def test_the_ranks_that_a_run_started_end_with_it(command):
+    """Else they would wait for the first one, and live on."""
+    stops = "--trainer.callbacks+=tests.lightning_modules.rank_stops.RankStops"
+    process = start(command("--trainer.devices=2", "--trainer.strategy=ddp", stops))
+    output, _ = process.communicate(timeout=120)  # ends only once nobody holds the other end of the pipe
+    assert process.returncode == 1
+    assert "error: the first rank cannot go on" in output
+
+
+def test_other_systems_have_fewer_signals_and_no_affinity():
+    """Windows knows neither SIGUSR1 nor SIGUSR2, and macOS, too, does not say which cores a process may use."""
+    code = (
+        "import os, signal\n"
+        "del signal.SIGUSR1, signal.SIGUSR2, os.sched_getaffinity\n"
+        "import cli\n"
+        "from launch.jobs import cores\n"
+        "from lightning_modules.running.preemption import SIGNALS\n"
+        "assert SIGNALS == [signal.SIGTERM] and cores() == os.cpu_count()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_parsing_gives_all_settings_and_does_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = ROOT / "configs" / "aspl.yaml"

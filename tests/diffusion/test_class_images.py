@@ -83,6 +83,32 @@ def test_two_runs_at_once_sample_once(quick, sampled):
     assert sampled == [4]
 
 
+def test_as_few_at_a_time_as_asked_and_never_more_than_usual(quick, sampled):
+    class_images(quick, "a photo of person", 3, 16, batch=1)
+    assert sampled == [1, 1, 1]
+    sampled.clear()
+    class_images(quick, "a photo of person", 8, 16, batch=99)
+    class_images(quick, "a photo of person", 8, 16)
+    assert sampled == [4, 4]
+
+
+def test_low_precision_draws_other_images(quick, sampled):
+    first = class_images(quick, "a photo of person", 2, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = class_images(quick, "a photo of person", 2, 16)
+        assert torch.equal(class_images(quick, "a photo of person", 2, 16), low)
+    assert len(sampled) == 2
+    assert not torch.equal(first, low)
+
+
+def test_a_fingerprint_that_is_known_is_not_computed_again(quick, sampled, monkeypatch):
+    first = class_images(quick, "a photo of person", 2, 16)
+    known = quick.fingerprint()
+    monkeypatch.setattr(type(quick), "fingerprint", lambda _: pytest.fail("hashed again"))
+    assert torch.equal(class_images(quick, "a photo of person", 2, 16, fingerprint=known), first)
+    assert len(sampled) == 1
+
+
 def test_a_pictures_noise_depends_on_its_index_only(quick):
     assert torch.equal(noise_of(quick, 16, [0, 1, 2], 0)[2], noise_of(quick, 16, [2], 0)[0])
     assert not torch.equal(noise_of(quick, 16, [0], 0), noise_of(quick, 16, [0], 1))
