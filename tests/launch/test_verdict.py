@@ -778,7 +778,6 @@ def test_as_many_workers_as_gpus_or_cores_unless_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert workers_of(Launcher()) == 2
     assert workers_of(Launcher(workers=5)) == 5
-    assert workers_of(Launcher(workers=0)) == 1
 
 
 @pytest.mark.parametrize(
