@@ -48,10 +48,15 @@ def sample(
 
     Latents are drawn in the precision of whoever asks, and decoded in fp32: low precision would show in the pixels.
     """
+    # Of no effect where latents are given; but the pipeline looks at the U-Net's sample_size where there is none, and
+    # wants multiples of 8.
+    side = 8 * noise.shape[-1]
     with evaluating(backbone):
         latents: Tensor = backbone.pipeline()(
             prompt=[prompt] * len(noise),
             latents=noise,
+            height=side,
+            width=side,
             guidance_scale=backbone.defaults.guidance_scale if guidance_scale is None else guidance_scale,
             num_inference_steps=steps or backbone.defaults.sampling_steps,
             output_type="latent",
