@@ -29,6 +29,7 @@ from launch.flags import named, require_numbers
 from launch.fsmg_surrogates import train_surrogates
 from launch.help import FIT, TEST, USAGE, WELCOME, Help
 from launch.people.command import people
+from launch.runs import backbones_of
 from launch.verdict.command import verdict
 from lightning_modules import FSMG
 from lightning_modules.backbone_module import BackboneModule
@@ -88,8 +89,8 @@ class CommandLine(LightningCLI):
         super().parse_arguments(parser, args)
         require_numbers(self.config[self.config.subcommand])
         arguments = self.config.get(f"{self.config.subcommand}.model.init_args") or Namespace()
-        for backbone in (arguments.get("backbone"), *(arguments.get("ensemble.backbones") or [])):
-            if backbone is not None and (notice := read_defaults(backbone).notice):
+        for source in backbones_of(arguments):
+            if notice := read_defaults(source).notice:
                 show(notice)
 
     def instantiate_classes(self) -> None:

@@ -17,6 +17,7 @@ from antidreambooth.diffusion.class_images import Progress, class_images
 from antidreambooth.diffusion.loading import load_backbone, resolution_of
 from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.diffusion.source import Named, Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import PriorPreservation
 from antidreambooth.photos.decoding import flatten, square, to_float
@@ -27,15 +28,16 @@ log = logging.getLogger("antidreambooth")
 
 def cloak(
     images: Sequence[Image.Image],
-    backbone: str = "embedded",
+    backbone: Named = "embedded",
     method: str = "aspl",
     budget: float = 8.0,
     *,
     clean_images: Sequence[Image.Image] | None = None,
-    ensemble: Sequence[str] = (),
+    ensemble: Sequence[Named] = (),
     settings: Settings | None = None,
     seed: int = 0,
     rounds: int | None = None,
+    resolution: int | None = None,
     device: str | None = None,
     progress: Progress = iter,
 ) -> list[Image.Image]:
@@ -44,8 +46,9 @@ def cloak(
     Save what comes back without loss (PNG): a JPEG washes the perturbation out.
 
     Args:
-        images: photos; each is cropped to its centred square and scaled to the backbone's resolution.
-        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id. For ``fsmg``, ``t-fsmg`` and
+        images: photos; each is cropped to its centred square and scaled to ``resolution``.
+        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id; or a ``Source``, which is one of
+            these with a revision or a variant of the weights. For ``fsmg``, ``t-fsmg`` and
             ``e-fsmg`` a model that was trained on the person, such as ``model/`` of ``fit -c configs/dreambooth.yaml``.
         method: ``aspl``, ``t-aspl``, ``e-aspl``, ``fsmg``, ``t-fsmg``, ``e-fsmg`` or ``advdm``.
         budget: largest change of a pixel's value, in 8-bit steps.
@@ -55,6 +58,7 @@ def cloak(
             training=DreamBooth(gradient_checkpointing=True))``; its budget gives way to ``budget``.
         seed: the same one gives the same pixels.
         rounds: how many; the method's own number when not given.
+        resolution: side in pixels of what comes back; what the backbone was made for when not given.
         device: ``cpu``, ``cuda`` and so on; a GPU where there is one when not given.
         progress: wraps the loop over rounds (and one over class images), such as ``tqdm.auto.tqdm``.
 
@@ -67,7 +71,7 @@ def cloak(
     """
     if method not in METHODS:
         raise InputError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
-    names = [backbone, *ensemble]
+    names = Source.several([backbone, *Source.several(ensemble)])
     if METHODS[method].several != (len(names) > 1):
         several = METHODS[method].several
         raise InputError(f"{method} attacks {'several models: give ensemble' if several else 'one model'}")
@@ -77,7 +81,9 @@ def cloak(
     if total < 1:
         raise InputError(f"rounds are 1 or more, got {rounds}")
     assembly = Assembly(METHODS[method], replace(settings or Settings(), budget=budget))
-    side = resolution_of(backbone)
+    side = resolution_of(names[0], resolution)
+    for name in names[1:]:
+        resolution_of(name, side)  # a wrong one is found before the first is loaded
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pixels = _pixels(images, side)
     originals = to_float(pixels).to(where)

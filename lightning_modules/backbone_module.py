@@ -16,6 +16,7 @@ from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.loading import load_backbone, resolution_of
 from antidreambooth.diffusion.reuse import remembered
 from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.dreambooth import PriorPreservation
 from antidreambooth.photos.decoding import to_float
@@ -46,7 +47,8 @@ class BackboneModule(LightningModule):
         super().__init__()
         require("resolution", resolution, 1, unit="in pixels")
         self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
-        self.resolution = resolution_of(backbone, revision) if resolution is None else resolution
+        self.source = Source(backbone, revision, variant)
+        self.resolution = resolution_of(self.source, resolution)
         self.preemption = Preemption()
 
     def setup(self, stage: str) -> None:
@@ -85,22 +87,20 @@ class BackboneModule(LightningModule):
         self.preemption.disarm()
 
     @property
-    def sources(self) -> list[str]:
+    def sources(self) -> list[Source]:
         """The base models that are loaded; one, here."""
-        return [self.hparams.backbone]
+        return [self.source]
 
     @property
     def backbones(self) -> list[Backbone]:
         """The base models, as loaded."""
         return [self.backbone]
 
-    def load(self, name: str) -> Backbone:
-        """A base model, on the device; revision and variant belong to the one that ``backbone`` names."""
-        own = name == self.hparams.backbone
-        chosen = (self.hparams.revision, self.hparams.variant) if own else (None, None)
-        if Path(name).is_relative_to(self.trainer.default_root_dir):  # trained for this run, of no use to another
-            return load_backbone(name, *chosen).to(self.place)
-        return remembered(lambda: (name, *chosen), lambda: load_backbone(name, *chosen)).to(self.place)
+    def load(self, source: Source) -> Backbone:
+        """A base model, on the device."""
+        if Path(source.name).is_relative_to(self.trainer.default_root_dir):  # trained for this run alone
+            return load_backbone(source).to(self.place)
+        return remembered(lambda: source, lambda: load_backbone(source)).to(self.place)
 
     @property
     def place(self) -> torch.device:

@@ -405,7 +405,7 @@ def test_surrogates_that_cannot_be_are_refused(command, surrogate, message):
     ("flag", "message"),
     [
         ("--model.budget=0", "--model.budget is from 1 to 255 in 8-bit steps"),
-        ("--model.ensemble.backbones=[outputs/nowhere/model]", "'outputs/nowhere/model' is no folder here"),
+        ("--model.ensemble.backbones=[outputs/nowhere/model]", "'outputs/nowhere/model' is neither a folder"),
         ("--model.objective={class_path: Targeted, init_args: {target: nowhere}}", "'nowhere' is no picture"),
     ],
 )
@@ -508,7 +508,7 @@ def test_a_bad_folder_is_named(command, tmp_path, name, fix):
         ("--trainer.devices=0", "'0'"),
         ("--trainer.strategy=no_such", "--trainer.strategy is auto (one device), ddp"),
         ("--model.budget=0", "8-bit steps"),
-        ("--model.backbone=./nowhere", "no folder here"),
+        ("--model.backbone=./nowhere", "neither a folder"),
     ],
 )
 def test_impossible_settings_end_in_one_line(command, flag, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
@@ -11,8 +13,14 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.integrity import listed, unusable
+from antidreambooth.diffusion.loading import quiet
 from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.adaptation import Adaptation, explained
+
+FILE = "pytorch_lora_weights.safetensors"
+OLD_NAMES = re.compile(r"\.(?:lora|lora_linear_layer)\.(down|up)\.")  # diffusers' for peft's lora_A and lora_B
+NEW_NAMES = {"down": "A", "up": "B"}
 
 
 class LoRA(Adaptation):
@@ -86,5 +94,35 @@ class LoRA(Adaptation):
 
     def load(self, backbone: Backbone, folder: Path) -> None:
         """Adds the trained updates."""
-        with explained(folder):
-            backbone.pipeline().load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+        with explained(folder), quiet():
+            state, _, metadata = StableDiffusionPipeline.lora_state_dict(
+                folder, weight_name=FILE, return_lora_metadata=True
+            )
+            if wrong := unusable(state):
+                raise InputError(f"{FILE} {wrong}")
+            backbone.pipeline().load_lora_weights(folder, weight_name=FILE)
+            _require_whole(backbone, state, metadata or {})
+
+
+def _require_whole(backbone: Backbone, state: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Refuses a file with too few or too many updates: peft starts what is missing anew, at random.
+
+    Args:
+        backbone: with the updates that the file's metadata, or (in files of others) its weights ask for.
+        state: the file's weights.
+        metadata: of the file; its keys start with the component that they are about.
+    """
+    asked = {name.partition(".")[0] for name in (*metadata, *state)}
+    wanted: set[str] = set()
+    for part in ("unet", "text_encoder"):
+        network = getattr(backbone, part)
+        if adapters := [*getattr(network, "peft_config", {})]:
+            updates = get_peft_model_state_dict(network, adapter_name=adapters[-1], save_embedding_layers=False)
+            wanted |= {f"{part}.{name}" for name in updates}
+        elif part in asked:
+            raise InputError(f"{FILE} lacks all weights of the {part}")
+    there = {OLD_NAMES.sub(lambda match: f".lora_{NEW_NAMES[match[1]]}.", name) for name in state}
+    if missing := sorted(wanted - there):
+        raise InputError(f"{FILE} lacks {listed(missing)}")
+    if left := sorted(there - wanted):
+        raise InputError(f"{FILE} holds what this model has no place for: {listed(left)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from antidreambooth.diffusion.loading import read_defaults
+from antidreambooth.diffusion.loading import read_defaults, resolution_of
 from antidreambooth.errors import InputError
 from antidreambooth.files import locked, to_json, write_atomically
 from launch.cost import attacked
@@ -45,7 +45,11 @@ def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
         work(tasks, options.share, job.logs)
         return
     settings = parse(command(job.protection, {}))  # a wrong flag ends here, and not once for each person
-    for terms in dict.fromkeys(read_defaults(name).notice for name, _ in attacked(settings)):
+    sources, model = attacked(settings), settings.model.init_args
+    side = resolution_of(sources[0], model.resolution)
+    for source in sources[1:]:
+        resolution_of(source, side)  # what is wrong with a model ends here, too
+    for terms in dict.fromkeys(read_defaults(source).notice for source in sources):
         if terms:
             print(terms, flush=True)
     changed = changed_since(job)

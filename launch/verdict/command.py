@@ -12,6 +12,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from antidreambooth.diffusion.loading import read_defaults
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.brisque import BRISQUE_MISSING, brisque_available
 from antidreambooth.evaluation.prose import paragraph
@@ -137,7 +138,7 @@ def write_results(
         title=experiment.name,
         expected=len(wanted),
         failed=list(failed.items()),
-        notes=[*notes, *general_notes(experiment.backbone)],
+        notes=[*notes, *general_notes(experiment.source)],
         qualities=qualities,
     )
     if {cell.cloak.person for cell in tasks.cells} == {OWN}:
@@ -145,14 +146,14 @@ def write_results(
     print(f"the page: {page}; the table: {experiment.root / 'table.md'}", flush=True)
 
 
-def general_notes(backbone: str) -> list[str]:
+def general_notes(source: Source) -> list[str]:
     """What was left out or done in another way than the papers do."""
     notes = [
         text
         for there, text in ((lpips_available(), LPIPS_MISSING), (brisque_available(), BRISQUE_MISSING))
         if not there
     ]
-    if read_defaults(backbone).blurred_references:
+    if read_defaults(source).blurred_references:
         notes.append(
             "The person's clean photos are compared with as the base model's autoencoder shows them: it blurs so much "
             "that the verifier would turn away the photos themselves, and a victim can draw nothing sharper."

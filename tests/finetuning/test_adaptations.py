@@ -248,8 +248,8 @@ def test_a_full_result_is_a_backbone_with_the_same_defaults(backbone, tmp_path):
 def save_other_model(folder):
     """Twice as wide, hence of no use to the small one."""
     save_small_model(folder)
-    small_unet((32, 64), cross_attention_dim=24).save_pretrained(folder / "unet")
     text_encoder = load_backbone(str(folder)).text_encoder
+    small_unet((32, 64), cross_attention_dim=24).save_pretrained(folder / "unet")
     config = deepcopy(text_encoder.config)
     config.hidden_size = 24
     type(text_encoder)(config).save_pretrained(folder / "text_encoder")

@@ -86,9 +86,9 @@ def watched(patch) -> list[str]:
     module, seen = lightning_modules.backbone_module, []
     load, images = module.load_backbone, module.class_images
 
-    def read(name, *more):
-        seen.append("surrogate" if "surrogates" in name else "base model")
-        return load(name, *more)
+    def read(source):
+        seen.append("surrogate" if "surrogates" in source.name else "base model")
+        return load(source)
 
     def draw(*args, **options):
         seen.append("class images")

@@ -645,7 +645,7 @@ def test_only_one_of_the_folders_is_refused(own, given, tmp_path):
         ([], "there is nobody"),
         (["--people_folder=nowhere"], "there is nobody"),
         (["--people_folder={people}", "--launcher.cluster=cloud"], "local or slurm, got cloud"),
-        (["--people_folder={people}", "--backbone=./nowhere"], "no folder here"),
+        (["--people_folder={people}", "--backbone=./nowhere"], "neither a folder"),
         (["--people_folder={people}", '--launcher.parameters={"nonsense": 1}'], "submitit refuses"),
     ],
 )
