@@ -23,6 +23,7 @@ from launch.cost import attacked
 from launch.flags import named
 from launch.help import PEOPLE, USAGE, Help
 from launch.jobs import workers_of
+from launch.parsing import OneLine
 from launch.people.dry_run import State, plan
 from launch.people.folders import People
 from launch.runs import Fit, Parse, cloak_photos, command, finished
@@ -74,7 +75,7 @@ def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
 
 def parser() -> ArgumentParser:
     """The command's options."""
-    options = ArgumentParser(prog="cli.py people", description=PEOPLE, usage=USAGE["people"], formatter_class=Help)
+    options = OneLine(prog="cli.py people", description=PEOPLE, usage=USAGE["people"], formatter_class=Help)
     options.add_argument("-c", "--config", action="config", help="a file of these options, see configs/people.yaml")
     options.add_argument("--dry_run", action="store_true", help="print who is to be done, time and disk; write nothing")
     options.add_argument("--share", type=str | None, help="NUMBER/JOBS, given to the jobs that this starts")

@@ -22,6 +22,7 @@ from antidreambooth.evaluation.results import read_results
 from antidreambooth.files import locked
 from launch.flags import named
 from launch.help import USAGE, VERDICT, Help
+from launch.parsing import OneLine
 from launch.runs import Fit, Parse, finished
 from launch.tasks import Task, failures, share_out, work
 from launch.verdict.cell import Cloak, Person, make_cloak, originals, protected, run_cell
@@ -63,7 +64,7 @@ def verdict(arguments: list[str], fit: Fit, parse: Parse) -> None:
 
 def parser() -> ArgumentParser:
     """The command's options: those of an experiment, and the short form for one's own photos."""
-    options = ArgumentParser(prog="cli.py verdict", description=VERDICT, usage=USAGE["verdict"], formatter_class=Help)
+    options = OneLine(prog="cli.py verdict", description=VERDICT, usage=USAGE["verdict"], formatter_class=Help)
     options.add_argument("-c", "--config", action="config", help="an experiment's file, see configs/verdict")
     options.add_argument("--photos", type=str | None, help="your cloaked photos: a verdict on these alone")
     options.add_argument("--clean_photos", type=str | None, help="for --photos: others of you, not cloaked")
