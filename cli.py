@@ -25,6 +25,7 @@ import datamodules  # noqa: F401
 from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.errors import DEBUG, InputError, causes, first_line
+from launch.flags import named, require_numbers
 from launch.fsmg_surrogates import train_surrogates
 from launch.help import FIT, TEST, USAGE, WELCOME, Help
 from launch.people.command import people
@@ -32,6 +33,7 @@ from launch.runs import backbones_of
 from launch.verdict.command import verdict
 from lightning_modules import FSMG
 from lightning_modules.backbone_module import BackboneModule
+from lightning_modules.running.run_folder import begin_fit, begin_test, claimed
 from lightning_modules.running.strategies import SUPPORTED
 
 TRAINER = {
@@ -62,6 +64,14 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One checkpoint in a fixed place, one TensorBoard log, the resolution that the model asks for."""
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="replace the result that an earlier run left in the same folder, once the new one is whole",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT.items()})
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
@@ -77,10 +87,16 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also shows the terms of a model that has some, before anything else."""
         super().parse_arguments(parser, args)
+        require_numbers(self.config[self.config.subcommand])
         arguments = self.config.get(f"{self.config.subcommand}.model.init_args") or Namespace()
         for source in backbones_of(arguments):
             if notice := read_defaults(source).notice:
                 show(notice)
+
+    def instantiate_classes(self) -> None:
+        """Calls a number out of range by its flag."""
+        with named(self.config[self.config.subcommand]):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Says in one line what the trainer refuses, such as a GPU where there is none."""
@@ -92,14 +108,22 @@ class CommandLine(LightningCLI):
             raise InputError(f"the trainer refuses its settings (--trainer.*): {reason}{names}") from error
 
     def before_fit(self) -> None:
-        """A method may need models that other fits train."""
+        """Looks at what is in the folder; then, a method may need models that other fits train."""
+        chosen = self.config.fit
+        overwrite, chosen.overwrite = chosen.overwrite, False  # the config that is kept may be used again
+        self.config_init.fit.ckpt_path = begin_fit(self.trainer, self.datamodule, chosen.ckpt_path, overwrite)
         if isinstance(self.model, FSMG):
-            train_surrogates(self.model, self.config.fit, main)
+            train_surrogates(self.model, self.config.fit, main, overwrite)
+
+    def before_test(self) -> None:
+        """Looks at what is in the folder."""
+        begin_test(self.trainer, self.config.test.ckpt_path, self.config.test.overwrite)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Says in one line what would help where the GPU's memory is full: the module knows what it does not use."""
+        """One run at a time in a folder. Where the GPU's memory is full, says in one line what would help."""
         try:
-            super()._run_subcommand(subcommand)
+            with claimed(self.trainer, self.datamodule, subcommand), named(self.config[subcommand]):
+                super()._run_subcommand(subcommand)
         except torch.OutOfMemoryError as error:
             savers = self.model.memory_savers() if isinstance(self.model, BackboneModule) else []
             raise InputError(memory_is_full(error, savers)) from error
@@ -121,8 +145,12 @@ class OnlyParsed(CommandLine):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "test")}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Ends here: LightningCLI's constructor would go on and run it."""
+        """Ends here: LightningCLI's constructor would go on and run it. What is built finds numbers out of range."""
         LightningCLI.parse_arguments(self, parser, args)
+        settings = self.config[self.config.subcommand]
+        require_numbers(settings)
+        with named(settings):
+            parser.instantiate_classes(self.config)
         raise Parsed(self.config)
 
 

@@ -21,7 +21,7 @@ from antidreambooth.diffusion.source import Named, Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import PriorPreservation
 from antidreambooth.photos.decoding import flatten, square, to_float
-from antidreambooth.photos.delivery import to_8bit
+from antidreambooth.photos.delivery import require_change, to_8bit
 
 log = logging.getLogger("antidreambooth")
 
@@ -108,6 +108,7 @@ def cloak(
             require_vital(outcome.vital_signs.tolist(), turn)
             perturbation, memory = outcome.cloaked - originals, outcome.memory
     cloaked = to_8bit((originals + perturbation).cpu(), pixels, budget)
+    require_change(pixels, cloaked, [f"image {number}" for number in range(len(cloaked))])
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in cloaked]
 
 

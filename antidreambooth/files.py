@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
+import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from antidreambooth.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+LOCK = ".lock"  # in a folder that somebody works in; left there, as removing it would let two in
 
 
 @contextmanager
@@ -61,9 +66,81 @@ def write_atomically(path: Path, data: bytes) -> None:
             raise
 
 
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of ``folder`` when the block ends; after an error the old one stays.
+
+    For one process at a time, see ``locked``.
+
+    Args:
+        folder: what is replaced; need not exist.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    fresh, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("part", "old"))
+    with writing(folder):
+        if old.exists() and not folder.exists():  # killed between the two renames below
+            old.rename(folder)
+        for left in (fresh, old):
+            shutil.rmtree(left, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        try:
+            yield fresh
+            if folder.exists():
+                folder.rename(old)
+            fresh.rename(folder)
+        finally:
+            for left in (fresh, old):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, advice: str) -> Iterator[None]:
+    """For one process (and thread) at a time; the lock goes with the process, however that ends.
+
+    Args:
+        folder: what is worked in; created.
+        advice: what whoever comes second can do.
+
+    Raises:
+        InputError: another one is at work there, or nothing can be written there.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(f"another run is at work in {folder}: wait until it has ended, or {advice}") from error
+        except NotImplementedError:
+            warnings.warn(
+                f"the file system of {folder} has no locks: nothing keeps two runs from working there at once",
+                stacklevel=3,
+            )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_json(path: Path, record: Any) -> None:
     """Write plain values, indented. See ``write_atomically``."""
-    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    write_atomically(path, (to_json(record, indent=2) + "\n").encode())
+
+
+def to_json(record: Any, **how: Any) -> str:
+    """Plain values as JSON, which knows no NaN: what is undefined is null. ``how`` is that of ``json.dumps``."""
+    return json.dumps(_defined(record), allow_nan=False, **how)
+
+
+def _defined(value: Any) -> Any:
+    """None for each number that is not finite, however deep it lies."""
+    if isinstance(value, dict):
+        return {key: _defined(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_defined(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _refusal(error: Exception) -> OSError | None:

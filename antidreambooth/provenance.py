@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import json
 import re
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from antidreambooth.errors import InputError
+
+MANIFEST = "manifest.json"  # in a run's folder, written last: what is there is whole, or says that it is not
 PACKAGES = ("antidreambooth", "diffusers", "lightning", "pillow", "torch", "transformers")
 
 
@@ -51,3 +56,63 @@ def slug(text: str) -> str:
     """A file name for any text; where characters have to go, a hash keeps it apart from other such texts."""
     name = re.sub(r"[^\w.-]+", "_", text)
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def read_manifest(root: Path) -> dict[str, Any] | None:
+    """What the run in a folder says about itself; None where there is no manifest.
+
+    Raises:
+        InputError: there is one, of some other program, or it cannot be read.
+    """
+    file = root / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # unreadable; no UTF-8; no JSON
+        raise InputError(f"{file} cannot be read as a run's manifest: move it away, or use another folder") from error
+    if not (isinstance(record, dict) and {"settings", "versions"} <= record.keys()):
+        raise InputError(f"{file} is no manifest of a run: move it away, or use another folder")
+    return record
+
+
+def photos_of(record: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the source photos by file name, from a manifest or from a run's record; empty where it has none."""
+    photos: dict[str, str] | list[dict[str, Any]] = record.get("photos", {})
+    return photos if isinstance(photos, dict) else {entry["source"]: entry["sha256"] for entry in photos}
+
+
+def cloaked_by(photo: Path, sha256: str) -> Path | None:
+    """The folder of the run that made a picture, as the manifest there says; None where no manifest does.
+
+    Args:
+        photo: the picture's file; its own folder and the two above are looked through for a manifest.
+        sha256: of its bytes.
+    """
+    photo = photo.resolve()
+    for root in list(photo.parents)[:3]:
+        try:
+            record = read_manifest(root)
+        except InputError:  # of some other program, which does not know our cloaks
+            continue
+        entries = record.get("photos") if record else None
+        if isinstance(entries, list):
+            made = {entry.get("cloaked_sha256") for entry in entries}
+            if sha256 in made or photo.relative_to(root).parts[0] in ("comparison.png", "progress"):
+                return root
+    return None
+
+
+def require_originals(photos: Iterable[tuple[Path, str]], advice: str) -> None:
+    """Refuses photos that a run has cloaked already, as far as a manifest near them tells.
+
+    Args:
+        photos: file and SHA-256 of each.
+        advice: what the user can do.
+
+    Raises:
+        InputError: it names the first one.
+    """
+    for photo, sha256 in photos:
+        if (root := cloaked_by(photo, sha256)) is not None:
+            raise InputError(f"{photo} is no original: the run in {root} made it; {advice}")

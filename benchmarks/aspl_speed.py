@@ -38,6 +38,7 @@ from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.files import to_json
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.photos.decoding import load_photos, to_float
 from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, build
@@ -390,7 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parse(arguments)
     if args.side != "all":
-        print(json.dumps(measure(args)))
+        print(to_json(measure(args)))
         return
     # Before anything is loaded here: on Linux a child's ru_maxrss starts at what its parent held.
     results = {} if args.count_only else take_turns(args, arguments)
@@ -399,7 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
     rounds = multiply(schedule(task), costs)
     if args.json:
         named = {part: cost._asdict() for part, cost in zip(PARTS, costs, strict=True)}
-        print(json.dumps({"settings": vars(args), "flop_an_image": named, "flop_a_round": rounds, "sides": results}))
+        print(to_json({"settings": vars(args), "flop_an_image": named, "flop_a_round": rounds, "sides": results}))
         return
     report_operations(costs, rounds)
     if results:

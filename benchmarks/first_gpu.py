@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from antidreambooth.files import to_json
 from benchmarks.tables import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -193,7 +194,7 @@ def run_part(name: str, args: argparse.Namespace) -> None:
     work.mkdir(parents=True)
     place = gpu_parts.Place(args.output, work, args.work / "models", args.tiny)
     claims = partial(getattr(gpu_parts, part.function), place)(*part.arguments)
-    text = json.dumps([asdict(claim) for claim in claims])
+    text = to_json([asdict(claim) for claim in claims])
     (args.work / f"{name}.json").write_text(text, encoding="utf-8")
 
 

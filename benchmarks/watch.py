@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
@@ -10,6 +9,8 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
+
+from antidreambooth.files import to_json
 
 BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4, "unsigned char": 1}
 BACKENDS = ("gloo:", "nccl:")
@@ -48,7 +49,7 @@ class Watch(Callback):
         """Writes what was seen."""
         if trainer.is_global_zero and self.profiler is not None:
             seen = {"seconds": self.seconds, "collectives": collectives(self.profiler)}
-            self.file.write_text(json.dumps(seen, indent=2), encoding="utf-8")
+            self.file.write_text(to_json(seen, indent=2), encoding="utf-8")
 
 
 def collectives(profiler: profile) -> dict[str, dict[str, int]]:

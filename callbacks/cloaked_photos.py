@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.quality import cloak_quality
-from antidreambooth.files import write_json
+from antidreambooth.files import replacing, write_json
 from antidreambooth.photos.decoding import Photo, to_float
-from antidreambooth.photos.delivery import cloaked_names, to_8bit, write_png
-from antidreambooth.provenance import versions
+from antidreambooth.photos.delivery import cloaked_names, require_change, to_8bit, write_png
+from antidreambooth.provenance import MANIFEST, read_manifest, versions
 from callbacks.comparison import comparison
 from callbacks.disk_space import require_room, require_writable
 from callbacks.show import show
+
+log = logging.getLogger("antidreambooth")
 
 
 class CloakedPhotos(Callback):
@@ -31,10 +34,11 @@ class CloakedPhotos(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 10) -> None:
+        require("every_n_epochs", every_n_epochs, 0)
         self.every_n_epochs = every_n_epochs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds out before any work whether the results can be written, and would not mix with another run's."""
+        """Finds out before any work whether the results can be written."""
         if not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
@@ -42,7 +46,6 @@ class CloakedPhotos(Callback):
         require_writable(root)
         looks = 3 + (trainer.max_epochs or 0) // self.every_n_epochs if self.every_n_epochs else 3
         require_room(root, looks * sum(photo.pixels.numel() for photo in photos))
-        self._refuse_to_mix(root, names(photos))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same for the checkpoint, whose size is known now: the old one stays until the new one is there."""
@@ -66,22 +69,34 @@ class CloakedPhotos(Callback):
         self._write(trainer, pl_module, complete=True)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """What there is, when the run is told to stop."""
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and pl_module.perturbation.numel():
-            self._write(trainer, pl_module, complete=False)
+        """What there is, when the run is told to stop after a round at least; a finished result stays."""
+        if not isinstance(exception, KeyboardInterrupt | SIGTERMException) or not trainer.is_global_zero:
+            return
+        before = read_manifest(Path(trainer.default_root_dir))
+        if before and before.get("complete", True):
+            log.warning("interrupted: the finished result of an earlier run stays, that of this one is not written")
+        elif rounds_of(trainer, pl_module):
+            try:
+                self._write(trainer, pl_module, complete=False)
+            except InputError as error:  # the interruption is what ends the run
+                log.warning(str(error))
 
     def _write(self, trainer: Trainer, pl_module: Any, complete: bool) -> None:
         if not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
         photos, cloaked = self._cloaked(trainer, pl_module)
+        originals = [photo.pixels for photo in photos]
+        require_change(torch.stack(originals), cloaked, [photo.name for photo in photos])
         entries: list[dict[str, Any]] = []
-        for photo, name, picture in zip(photos, names(photos), cloaked, strict=True):
-            write_png(root / "cloaked" / name, picture)
-            quality = cloak_quality(photo.pixels, picture)
-            entries.append({"source": photo.name, "sha256": photo.sha256, "cloaked": f"cloaked/{name}", **quality})
+        with replacing(root / "cloaked") as folder:
+            for photo, name, picture in zip(photos, names(photos), cloaked, strict=True):
+                written = write_png(folder / name, picture)
+                source = {"source": photo.name, "sha256": photo.sha256}
+                result = {"cloaked": f"cloaked/{name}", "cloaked_sha256": written}
+                entries.append({**source, **result, **cloak_quality(photo.pixels, picture)})
         budget = int(pl_module.attack.budget)
-        write_png(root / "comparison.png", comparison([photo.pixels for photo in photos], list(cloaked), budget))
+        write_png(root / "comparison.png", comparison(originals, list(cloaked), budget))
         record = pl_module.record()
         manifest = {
             "settings": {
@@ -92,12 +107,12 @@ class CloakedPhotos(Callback):
             },
             "versions": versions(),
             "seed": record["seed"],
-            "rounds": max(trainer.current_epoch, pl_module.rounds),
+            "rounds": rounds_of(trainer, pl_module),
             "passes": dict(zip(("unet", "encoder"), pl_module.passes.tolist(), strict=True)),
             "photos": entries,
             "complete": complete,
         }
-        write_json(root / "manifest.json", manifest)
+        write_json(root / MANIFEST, manifest)
 
     @staticmethod
     def _cloaked(trainer: Trainer, pl_module: Any) -> tuple[list[Photo], Tensor]:
@@ -106,14 +121,10 @@ class CloakedPhotos(Callback):
         images = to_float(originals) + pl_module.perturbation.cpu()
         return photos, to_8bit(images, originals, pl_module.attack.budget)
 
-    @staticmethod
-    def _refuse_to_mix(root: Path, expected: list[str]) -> None:
-        strangers = sorted({file.name for file in (root / "cloaked").glob("*.png")} - set(expected))
-        if strangers:
-            raise InputError(
-                f"{root / 'cloaked'} holds photos that are not of this run ({', '.join(strangers)}): "
-                "delete that folder or choose another one with --trainer.default_root_dir"
-            )
+
+def rounds_of(trainer: Trainer, pl_module: Any) -> int:
+    """How many rounds the photos have been through."""
+    return max(trainer.current_epoch, pl_module.rounds)
 
 
 def names(photos: list[Photo]) -> list[str]:

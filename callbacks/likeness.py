@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from antidreambooth.files import write_atomically, write_json
+from antidreambooth.files import replacing, write_atomically, write_json
 from antidreambooth.photos.delivery import write_png
 from callbacks.disk_space import require_writable
 from callbacks.show import show
@@ -33,9 +33,9 @@ class Likeness(Callback):
             return
         root = Path(trainer.default_root_dir)
         found.sort(key=lambda item: item[0]["file"])
-        shutil.rmtree(root / "images", ignore_errors=True)  # of an earlier test with more pictures
-        for row, picture in found:
-            write_png(root / row["file"], picture)
+        with replacing(root / "images") as folder:
+            for row, picture in found:
+                write_png(folder / Path(row["file"]).name, picture)
         write_atomically(root / "per_image.csv", table([row for row, _ in found]).encode())
         means = {name: float(value) for name, value in trainer.callback_metrics.items()}
         write_json(root / "measures.json", means)
@@ -50,6 +50,13 @@ class Likeness(Callback):
         parts: list[list[Any]] = [[] for _ in range(trainer.world_size)]
         torch.distributed.all_gather_object(parts, mine)
         return [item for part in parts for item in part]
+
+
+def remove_test(root: Path) -> None:
+    """Removes what a test left in a run's folder."""
+    shutil.rmtree(root / "images", ignore_errors=True)
+    for name in ("measures.json", "per_image.csv", "grid.png"):
+        (root / name).unlink(missing_ok=True)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

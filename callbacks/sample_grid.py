@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from antidreambooth.diffusion.sampling import noise_of, sample
+from antidreambooth.errors import InputError, require
 from callbacks.show import show
 
 
@@ -35,6 +36,13 @@ class SampleGrid(Callback):
         guidance_scale: float | None = None,
         sampling_steps: int | None = None,
     ) -> None:
+        if not prompts:
+            raise InputError("SampleGrid's prompts are empty: leave out SampleGrid to draw nothing")
+        require("count", count, 1)
+        require("every_n_epochs", every_n_epochs, 0)
+        require("every_n_steps", every_n_steps, 0)
+        require("guidance_scale", guidance_scale, 0)
+        require("sampling_steps", sampling_steps, 1)
         self.prompts, self.count = prompts, count
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
@@ -53,6 +61,7 @@ class SampleGrid(Callback):
             self._grid(trainer, pl_module, "step", batch_idx + 1)
 
     def _grid(self, trainer: Trainer, pl_module: Any, unit: str, number: int) -> None:
+        pl_module.require_vital()  # on every rank; it knows better than a broken picture what went wrong
         if not trainer.is_global_zero and not pl_module.together:
             return
         backbone = pl_module.backbone.to(pl_module.device)  # an ensemble may have put it aside

@@ -7,9 +7,10 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from antidreambooth.files import write_json, writing
-from antidreambooth.provenance import versions
+from antidreambooth.files import replacing, write_json
+from antidreambooth.provenance import MANIFEST, versions
 from callbacks.disk_space import require_room, require_writable
+from callbacks.likeness import remove_test
 
 
 class TrainedModel(Callback):
@@ -34,7 +35,8 @@ class TrainedModel(Callback):
             return
         root = Path(trainer.default_root_dir)
         folder = root / pl_module.adaptation.folder
-        with writing(folder):
-            pl_module.adaptation.save(backbone, folder)
-        manifest = {**pl_module.record(), "versions": versions(), "steps": trainer.global_step}
-        write_json(root / "manifest.json", manifest)
+        with replacing(folder) as fresh:
+            pl_module.adaptation.save(backbone, fresh)
+        remove_test(root)  # it was of the model before
+        manifest = {**pl_module.record(), "versions": versions(), "steps": trainer.global_step, "complete": True}
+        write_json(root / MANIFEST, manifest)

@@ -8,8 +8,8 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from antidreambooth.errors import InputError
-from antidreambooth.photos.captioned import Pictures, read_pictures
+from antidreambooth.errors import InputError, require
+from antidreambooth.photos.captioned import FILES, Pictures, read_pictures
 
 
 class Captioned(LightningDataModule):
@@ -25,6 +25,8 @@ class Captioned(LightningDataModule):
 
     def __init__(self, folder: str = "pictures", resolution: int = 512, steps: int = 1000) -> None:
         super().__init__()
+        require("resolution", resolution, 1)
+        require("steps", steps, 1)
         self.folder, self.resolution, self.steps = folder, resolution, steps
         self.pictures: Pictures | None = None
 
@@ -39,6 +41,11 @@ class Captioned(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Pictures]:
         """All pictures, once for each step."""
         return DataLoader([self.pictures] * self.steps, batch_size=None)  # type: ignore[arg-type]
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read, and must never be written to."""
+        return [Path(self.folder).expanduser() / name for name in FILES]
 
     def record(self) -> dict[str, Any]:
         """Which they are, and what is said of them."""

@@ -10,7 +10,9 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from antidreambooth.attack.rounds import Photos
+from antidreambooth.errors import require
 from antidreambooth.photos.decoding import Photo, load_photos, to_float
+from antidreambooth.provenance import require_originals
 
 
 class Protection(LightningDataModule):
@@ -22,12 +24,20 @@ class Protection(LightningDataModule):
     Args:
         photos: folder (or single file) of photos to protect.
         clean_photos: folder of other photos of the same person, for reference; the originals themselves when not given.
+        again: whether photos may be cloaked that a run of this project has cloaked already.
         resolution: side in pixels; taken from the model on the command line.
     """
 
-    def __init__(self, photos: str = "examples/photos", clean_photos: str | None = None, resolution: int = 512) -> None:
+    def __init__(
+        self,
+        photos: str = "examples/photos",
+        clean_photos: str | None = None,
+        again: bool = False,
+        resolution: int = 512,
+    ) -> None:
         super().__init__()
-        self.source, self.clean_source, self.resolution = photos, clean_photos, resolution
+        require("resolution", resolution, 1)
+        self.source, self.clean_source, self.again, self.resolution = photos, clean_photos, again, resolution
         self.photos: list[Photo] = []
         self.clean: list[Photo] = []
 
@@ -37,11 +47,19 @@ class Protection(LightningDataModule):
             return
         self.photos = load_photos(Path(self.source), self.resolution)
         self.clean = load_photos(Path(self.clean_source), self.resolution) if self.clean_source else self.photos
+        if not self.again:
+            advice = "give the original, or cloak it once more with --data.again true"
+            require_originals([(photo.path, photo.sha256) for photo in (*self.photos, *self.clean)], advice)
 
     def train_dataloader(self) -> DataLoader[Photos]:
         """One batch: originals and clean photos in [-1, 1]."""
         batch = Photos(*(to_float(torch.stack([p.pixels for p in photos])) for photos in (self.photos, self.clean)))
         return DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read, and must never be written to."""
+        return [photo.path for photo in (*self.photos, *self.clean)]
 
     def record(self) -> dict[str, Any]:
         """Which photos these are, by content: a folder may move."""

@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.photos.decoding import Photo, load_photos
 
 
@@ -34,6 +34,8 @@ class Subject(LightningDataModule):
         steps: int = 1000,
     ) -> None:
         super().__init__()
+        require("resolution", resolution, 1)
+        require("steps", steps, 1)
         self.source, self.resolution, self.steps = photos, resolution, steps
         self.reference_sources = [reference_photos] if isinstance(reference_photos, str) else reference_photos
         self.photos: list[Photo] = []
@@ -59,6 +61,11 @@ class Subject(LightningDataModule):
         """One batch: name and pixels of each reference photo."""
         batch = [(photo.name, photo.pixels) for photo in self.references]
         return DataLoader([batch], batch_size=None, collate_fn=list)  # type: ignore[arg-type]
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read, and must never be written to."""
+        return [photo.path for photo in (*self.photos, *self.references)]
 
     def record(self) -> dict[str, Any]:
         """Which photos these are, by content: a folder may move."""

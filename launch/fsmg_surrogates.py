@@ -21,16 +21,17 @@ from launch.runs import Fit, contents, finished, is_config, located
 from lightning_modules.fsmg import FSMG, surrogate_folder
 
 
-def train_surrogates(module: FSMG, config: Namespace, fit: Fit) -> None:
+def train_surrogates(module: FSMG, config: Namespace, fit: Fit, overwrite: bool) -> None:
     """Trains the surrogates that a run attacks, where they are not there yet.
 
     Args:
         module: of the run.
         config: of the run.
         fit: runs a command line of this project.
+        overwrite: whether one that was trained otherwise is replaced.
 
     Raises:
-        InputError: one that is there was trained otherwise, or it would have to be trained by several processes.
+        InputError: one that is there was trained otherwise, or several processes would have to train one.
     """
     wanted, data, trainer = module.hparams, config.data.init_args, config.trainer
     if wanted.surrogate is None:
@@ -52,8 +53,12 @@ def train_surrogates(module: FSMG, config: Namespace, fit: Fit) -> None:
             "precision": str(trainer.precision),
         }
         folder = surrogate_folder(root, source)
-        if finished(folder / "surrogate.json", settings):
-            continue
+        try:
+            if finished(folder / "surrogate.json", settings):
+                continue
+        except InputError:
+            if not overwrite:
+                raise
         _refuse_several(trainer, folder)
         arguments = {
             **{f"model.{name}": value for name, value in model.items() if value is not None},
@@ -64,6 +69,7 @@ def train_surrogates(module: FSMG, config: Namespace, fit: Fit) -> None:
             "trainer.devices": trainer.devices[:1] if isinstance(trainer.devices, list) else 1,
             "trainer.precision": trainer.precision,
             "checkpoint.every_n_train_steps": 0,
+            "overwrite": "true",  # what an interrupted start left there
         }
         with _same_seed_afterwards():
             fit(["fit", f"--config={located(victim)}", *(f"--{k}={v}" for k, v in arguments.items()), *flags])

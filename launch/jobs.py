@@ -18,7 +18,7 @@ from submitit import AutoExecutor, Job
 from submitit.core.utils import DelayedSubmission
 from tqdm import tqdm
 
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.files import writing
 
 POLL = 2.0  # seconds between two looks at what is finished
@@ -42,11 +42,15 @@ class Launcher:
     timeout_min: int = 24 * 60
     parameters: dict[str, str | int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        require("workers", self.workers, 1)
+        require("timeout_min", self.timeout_min, 1)
+
 
 def workers_of(launcher: Launcher) -> int:
     """Jobs at a time: as asked for, else one for each GPU, or for each CPU core."""
     if launcher.workers is not None:
-        return max(1, launcher.workers)
+        return launcher.workers
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 

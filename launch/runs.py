@@ -20,7 +20,7 @@ from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.files import write_json
 from antidreambooth.photos.decoding import find_photos, load_photos
-from antidreambooth.provenance import differences
+from antidreambooth.provenance import differences, require_originals
 
 # Both take the words that a user would have typed after `python cli.py`, such as ["fit", "--config=configs/aspl.yaml"].
 Fit = Callable[[list[str]], None]  # runs them
@@ -45,13 +45,15 @@ def cloak_photos(
     root, begun = done.parent, done.with_name("begun.json")
     checkpoint = root / "checkpoints" / "last.ckpt"
     going_on = checkpoint.is_file()
+    again = begun.is_file()  # what an earlier start of this very function left there may be replaced
     before = 0.0  # seconds of earlier starts
     if going_on and finished(begun, settings):
         before = json.loads(begun.read_text(encoding="utf-8")).get("seconds", 0.0)
     started = time.monotonic() - before
     write_json(begun, {"settings": settings, "seconds": before})
     try:
-        fit(command(how, {**given, "trainer.default_root_dir": root, **({"ckpt_path": "last"} if going_on else {})}))
+        start = {"ckpt_path": "last"} if going_on else {"overwrite": "true"} if again else {}
+        fit(command(how, {**given, "trainer.default_root_dir": root, **start}))
     except BaseException:
         with suppress(InputError):  # on a full disk, say: what stopped the run is what counts
             write_json(begun, {"settings": settings, "seconds": time.monotonic() - started})
@@ -99,13 +101,20 @@ def passes_of(root: Path) -> dict[str, int]:
 
 
 @cache
-def contents(folder: str) -> list[str]:
+def contents(folder: str, originals: bool = False) -> list[str]:
     """SHA-256 of each photo of a folder.
 
+    Args:
+        folder: of photos.
+        originals: whether photos that a run has cloaked are refused: figures that compare with them would be wrong.
+
     Raises:
-        InputError: a photo cannot be decoded.
+        InputError: a photo cannot be decoded, or is no original.
     """
-    return [photo.sha256 for photo in load_photos(Path(folder), 8)]
+    photos = load_photos(Path(folder), 8)
+    if originals:
+        require_originals([(photo.path, photo.sha256) for photo in photos], "give the original")
+    return [photo.sha256 for photo in photos]
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from antidreambooth.diffusion.loading import load_backbone, resolution_of
 from antidreambooth.diffusion.reuse import remembered
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.diffusion.source import Source
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.dreambooth import PriorPreservation
 from antidreambooth.photos.decoding import to_float
 from antidreambooth.provenance import describe, differences
@@ -45,19 +45,24 @@ class BackboneModule(LightningModule):
 
     def __init__(self, *, backbone: str, revision: str | None, variant: str | None, resolution: int | None) -> None:
         super().__init__()
+        require("resolution", resolution, 1, unit="in pixels")
         self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
         self.source = Source(backbone, revision, variant)
         self.resolution = resolution_of(self.source, resolution)
         self.preemption = Preemption()
 
     def setup(self, stage: str) -> None:
-        """Refuses half-true precision before any weight is loaded."""
+        """Refuses half-true precision, and a run without a step, before any weight is loaded."""
         check(self.trainer.strategy)
         if self.trainer.precision not in PRECISIONS:
             raise InputError(
                 f"{type(self).__name__} keeps fp32 weights: use --trainer.precision {' or '.join(PRECISIONS)}, "
                 f"got {self.trainer.precision}"
             )
+        fitting = stage == "fit"
+        batches = self.trainer.limit_train_batches if fitting else self.trainer.limit_test_batches
+        if batches == 0 or (fitting and self.trainer.max_steps == 0):
+            raise InputError("--trainer.max_steps 0, limit_train_batches 0 or limit_test_batches 0 leave nothing to do")
 
     def configure_model(self) -> None:
         """Builds what is trained or attacked, and splits it over the ranks where the strategy does that."""
@@ -101,6 +106,9 @@ class BackboneModule(LightningModule):
     def place(self) -> torch.device:
         """The device of this process; Lightning moves the module there only after ``configure_model``."""
         return self.trainer.strategy.root_device
+
+    def require_vital(self) -> None:
+        """Ends a run that does not work before something is drawn of it; a cloaking round does so by itself."""
 
     def prompt(self, text: str) -> str:
         """A prompt as the model in training knows it."""

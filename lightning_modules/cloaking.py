@@ -120,8 +120,8 @@ class Cloaking(BackboneModule):
     def setup(self, stage: str) -> None:
         """Refuses a run of no rounds, which would deliver the photos as they are."""
         super().setup(stage)
-        if self.trainer.max_epochs == 0:
-            raise InputError("--trainer.max_epochs is the number of rounds, 1 or more: got 0")
+        if (self.trainer.max_epochs or 0) < 1:  # Lightning's -1 is without end
+            raise InputError(f"--trainer.max_epochs is the number of rounds, 1 or more: got {self.trainer.max_epochs}")
 
     def method(self) -> Method:
         """Which row of the methods' table this run is."""

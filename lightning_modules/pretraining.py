@@ -12,27 +12,28 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.backbone import Posterior
 from antidreambooth.diffusion.draws import Draw, Uniform
 from antidreambooth.diffusion.precision import made_on_cpu
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.files import write_atomically
 from antidreambooth.finetuning.full import Full
 from antidreambooth.photos.captioned import Pictures
 from antidreambooth.photos.decoding import to_float
-from lightning_modules.backbone_module import BackboneModule
 from lightning_modules.running.strategies import replicates
+from lightning_modules.training import Training
 
 ENCODED = 64  # pictures at a time
 GAMMA = 5.0  # of min-SNR weighting, as its paper recommends
 
 
-class Pretraining(BackboneModule):
+class Pretraining(Training):
     """Trains a sibling of a base model: same autoencoder, tokenizer and noise schedule, other widths, other seed.
 
     The loss is the denoising loss with min-SNR weights (arXiv:2303.09556, equation 8); what is saved are weights
@@ -53,6 +54,8 @@ class Pretraining(BackboneModule):
         averaging: how much of the averaged weights stays in each step.
     """
 
+    rate, length = "--model.learning_rate", "--model.steps"
+
     def __init__(
         self,
         *,
@@ -69,6 +72,15 @@ class Pretraining(BackboneModule):
         empty: float = 0.1,
         averaging: float = 0.9992,
     ) -> None:
+        for width in widths or []:
+            require("widths", width, 1)
+        require("learning_rate", learning_rate, above=0)
+        require("warmup_steps", warmup_steps, 0)
+        require("steps", steps, 1)
+        require("batch_size", batch_size, 1)
+        require("generic", generic, 0, 1)
+        require("empty", empty, 0, 1 - generic)
+        require("averaging", averaging, 0, below=1)
         super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
         self.save_hyperparameters(logger=False)
         self.adaptation, self.steps = Full(), steps
@@ -84,7 +96,7 @@ class Pretraining(BackboneModule):
         """Loads the backbone and gives it a new U-Net and text encoder."""
         super().build()
         config = dict(self.backbone.unet.config)
-        if self.hparams.widths:
+        if self.hparams.widths is not None:
             config["block_out_channels"] = tuple(self.hparams.widths)
         with torch.random.fork_rng(devices=[]), made_on_cpu():
             torch.manual_seed(self.seed)
@@ -98,6 +110,7 @@ class Pretraining(BackboneModule):
         parts = nn.ModuleList([self.backbone.unet, self.backbone.text_encoder])
         self.averaged = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(self.hparams.averaging))
         self.averaged.requires_grad_(False)
+        self.note_untouched()
         self.buffers_kept = tuple(f"averaged.{name}" for name in self.averaged.state_dict())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -117,10 +130,6 @@ class Pretraining(BackboneModule):
         self.backbone.text_encoder.train()
         self.latents = self._encoded(self.trainer.datamodule.pictures)  # type: ignore[attr-defined]
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        """The step is whole."""
-        self.preemption.leave_if_asked(self.trainer)
-
     def training_step(self, batch: Pictures, batch_idx: int) -> Tensor:
         """The weighted loss of some pictures; which, under what caption, follows from seed, rank and step."""
         assert self.latents is not None
@@ -138,6 +147,7 @@ class Pretraining(BackboneModule):
         latents = part.sample(draw.posterior_noise)
         losses = self.backbone.denoising_loss(latents, draw.timesteps, draw.noise, self.backbone.embed(asked))
         loss = (self._weights(draw.timesteps) * losses).mean()
+        self.watch(loss, batch_idx)
         self.log("pretraining/loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
@@ -146,9 +156,9 @@ class Pretraining(BackboneModule):
         super().optimizer_step(*args, **kwargs)
         self.averaged.update_parameters(nn.ModuleList([self.backbone.unet, self.backbone.text_encoder]))
 
-    def trained(self) -> Backbone:
-        """What is saved."""
-        return self.backbone
+    def weight_norm(self) -> Tensor:
+        """Of the averaged weights, too."""
+        return super().weight_norm() + get_total_norm(list(self.averaged.parameters()))
 
     def memory_savers(self) -> list[str]:
         """Fewer pictures in a step."""
@@ -156,6 +166,7 @@ class Pretraining(BackboneModule):
 
     def on_train_end(self) -> None:
         """The averaged weights are the result."""
+        super().on_train_end()
         unet, text_encoder = cast(nn.ModuleList, self.averaged.module)
         self.backbone.unet.load_state_dict(unet.state_dict())
         self.backbone.text_encoder.load_state_dict(text_encoder.state_dict())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers.optimization import get_scheduler
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -18,8 +19,8 @@ from tqdm import tqdm
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.loading import load_backbone, read_defaults
 from antidreambooth.diffusion.precision import full_precision
-from antidreambooth.diffusion.sampling import Generation, noise_of, sample
-from antidreambooth.errors import InputError
+from antidreambooth.diffusion.sampling import Generation, blank, noise_of, sample
+from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.faces import Dlib, FaceModel, reference
 from antidreambooth.evaluation.measures import face_measures
 from antidreambooth.finetuning.adaptation import Adaptation
@@ -28,10 +29,11 @@ from antidreambooth.finetuning.dreambooth import DreamBooth, dreambooth_loss
 from antidreambooth.finetuning.full import Full
 from antidreambooth.photos.decoding import to_float
 from antidreambooth.photos.delivery import to_8bit
-from lightning_modules.backbone_module import BackboneModule
 from lightning_modules.running.sharding import gathered, sharded
+from lightning_modules.training import Training
 
 MICRO_BATCH = 8  # photos encoded at a time
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Optimization:
     """What steps the weights beside the learning rate.
 
     Args:
-        schedule: of the learning rate, by diffusers' names: constant, linear, cosine, constant_with_warmup ...
+        schedule: of the learning rate, by diffusers' names: constant, constant_with_warmup, linear, cosine,
+            cosine_with_restarts or polynomial.
         warmup_steps: of the schedules that have a warm-up.
         eight_bit: AdamW with 8-bit moments (bitsandbytes, on a GPU): a quarter of their memory.
     """
@@ -48,8 +51,13 @@ class Optimization:
     warmup_steps: int = 0
     eight_bit: bool = False
 
+    def __post_init__(self) -> None:
+        require("warmup_steps", self.warmup_steps, 0)
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"optimization.schedule is one of {', '.join(SCHEDULES)}: got {self.schedule!r}")
 
-class Victim(BackboneModule):
+
+class Victim(Training):
     """DreamBooth on published photos (arXiv:2208.12242; as in https://arxiv.org/abs/2303.15433, Section 5.1).
 
     ``fit`` trains, ``test`` generates pictures of the person and measures how much of the person is in them.
@@ -67,6 +75,8 @@ class Victim(BackboneModule):
         faces: detector and embedding of a test; Dlib when not given.
         stability: whether a test also measures the quality of faces, which makes it several times slower.
     """
+
+    rate, length = "--model.training.learning_rate", "--model.training.steps"
 
     def __init__(
         self,
@@ -108,10 +118,17 @@ class Victim(BackboneModule):
         super().build()
         training = self.training_settings
         if self.trainer.testing:
-            self.adaptation.load(self.backbone, Path(self.trainer.default_root_dir) / self.adaptation.folder)
+            folder = Path(self.trainer.default_root_dir) / self.adaptation.folder
+            self.adaptation.load(self.backbone, folder)
+            if broken := self.backbone.not_finite():
+                raise InputError(
+                    f"{folder} holds a victim with weights that are no finite numbers ({broken[0]}): its training "
+                    f"diverged; run `fit` again with a lower {self.rate}"
+                )
             return
         self.classes = self.class_posterior(self.backbone, training.prior, MICRO_BATCH)
         self.adaptation.apply(self.backbone, training, self.seed)
+        self.note_untouched()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over what is trained, and a learning rate that follows the schedule step by step."""
@@ -128,10 +145,6 @@ class Victim(BackboneModule):
         for part in (self.backbone.unet, self.backbone.text_encoder):
             part.train(any(p.requires_grad for p in part.parameters()))
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        """The step is whole."""
-        self.preemption.leave_if_asked(self.trainer)
-
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The DreamBooth loss of one batch of photos; ``batch`` holds all of them, in 8 bits."""
         settings, turn = self.training_settings, self.turn_of(batch_idx)
@@ -143,11 +156,12 @@ class Victim(BackboneModule):
             (others,) = turn.batches(1, settings.batch_size, len(self.classes.mean), self.device)
             classes = self.classes.rows(others)
         loss = dreambooth_loss(self.backbone, settings, self._instances(batch, chosen, generator), classes, generator)
+        self.watch(loss, batch_idx)
         self.log("victim/loss", loss.detach(), prog_bar=True)
         return loss
 
-    def trained(self) -> Backbone:
-        """The backbone with all of its weights in one place, to be saved; every rank has to ask."""
+    def whole(self) -> Backbone:
+        """The backbone with all of its weights in one place; every rank has to ask."""
         if not sharded(self.trainer.strategy):
             return self.backbone
         weights = gathered(self.trainer.strategy, self.backbone)
@@ -182,7 +196,36 @@ class Victim(BackboneModule):
                 | {name: float(values[row]) for name, values in columns.items()}
                 for row, index in enumerate(indices)
             ]
-        self.log_dict(measures.compute(), batch_size=1)
+        self.log_dict({**measures.compute(), **self._blank()}, batch_size=1)
+
+    def _blank(self) -> dict[str, Tensor]:
+        """The share of pictures that show one colour and nothing else, where there are any: no face is no protection.
+
+        Each row then says whether its picture is one of them.
+
+        Raises:
+            InputError: all of them, on all ranks, are.
+        """
+        mine = blank(torch.stack(self.pictures)) if self.pictures else torch.zeros(0, dtype=torch.bool)
+        counts = torch.tensor([int(mine.sum()), len(mine)], device=self.device)
+        if self.trainer.world_size > 1:
+            dist.all_reduce(counts)
+        found, drawn = counts.tolist()
+        if found == drawn:
+            raise InputError(
+                f"all {drawn} pictures have one colour all over: this victim draws nothing, so nothing is measured, as "
+                f"that would look like protection; train it again, with a lower {self.rate}"
+            )
+        if not found:
+            return {}
+        warnings.warn(
+            f"{found} of {drawn} pictures have one colour all over: there the victim drew nothing, which is no "
+            "protection, and counts as no face",
+            stacklevel=2,
+        )
+        for row, one in zip(self.rows, mine.tolist(), strict=True):
+            row["blank"] = float(one)
+        return {"blank": counts[0] / counts[1]}
 
     def _as_drawn(self, photo: Tensor) -> Tensor:
         """A reference photo at the sharpness that the backbone can reach, where the backbone asks for that."""

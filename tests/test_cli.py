@@ -372,11 +372,11 @@ def test_a_surrogate_is_trained_once_and_on_the_clean_photos(command, photos, tm
     assert list(json.loads((surrogate / "manifest.json").read_text())["photos"]) == ["other.png"]
     weights = surrogate / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     before, first = weights.stat().st_mtime_ns, files(tmp_path / "out")
-    main(run)
+    main([*run, "--overwrite"])
     assert weights.stat().st_mtime_ns == before
     assert files(tmp_path / "out") == first
-    with pytest.raises(SystemExit, match=r"surrogates.* was made with other settings \(photos"):
-        main(command(config="fsmg"))
+    main(command("--overwrite", config="fsmg"))
+    assert list(json.loads((surrogate / "manifest.json").read_text())["photos"]) == ["a.png", "b.jpg", "c.webp"]
 
 
 def test_the_fixed_surrogate_is_what_is_attacked(command, tmp_path):
@@ -404,7 +404,7 @@ def test_surrogates_that_cannot_be_are_refused(command, surrogate, message):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--model.budget=0", "the budget is in 8-bit steps"),
+        ("--model.budget=0", "--model.budget is from 1 to 255 in 8-bit steps"),
         ("--model.ensemble.backbones=[outputs/nowhere/model]", "'outputs/nowhere/model' is neither a folder"),
         ("--model.objective={class_path: Targeted, init_args: {target: nowhere}}", "'nowhere' is no picture"),
     ],
@@ -425,13 +425,17 @@ def test_a_surrogates_own_flags_stay_its_own(command, tmp_path):
     (surrogate,) = (tmp_path / "out" / "surrogates").iterdir()
     assert json.loads((surrogate / "manifest.json").read_text())["seed"] == 5
     assert json.loads((surrogate / "surrogate.json").read_text())["passes"] == {"unet": 2 * 2 * 2}
-    main(arguments)
+    main([*arguments, "--overwrite"])
     assert files(tmp_path / "out") == first
 
 
 @pytest.mark.slow
 def test_another_precision_or_resolution_wants_another_surrogate(command, tmp_path):
+    """The one that is there is refused where the attack has been interrupted before its first checkpoint."""
     main(command(config="fsmg", rounds=1))
+    shutil.rmtree(tmp_path / "out" / "cloaked")
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    (tmp_path / "out" / "manifest.json").unlink()
     for flag in ("--trainer.precision=bf16-mixed", "--model.resolution=32"):
         with pytest.raises(SystemExit, match=r"surrogates.* was made with other settings"):
             main(command(flag, config="fsmg", rounds=1))
@@ -521,7 +525,7 @@ def test_a_misspelt_flag_stops_at_once(command, capsys):
 def test_another_persons_results_are_not_mixed_in(command, photos, tmp_path):
     main(command(rounds=1))
     (photos / "a.png").rename(photos / "z.png")
-    refused(command(rounds=1), "holds photos that are not of this run (a.png)")
+    refused(command(rounds=1), "holds a finished run (1 round) of other photos")
 
 
 def test_a_folder_that_cannot_be_written_is_found_first(command, tmp_path, monkeypatch):
@@ -534,7 +538,7 @@ def test_a_full_disk_is_found_first(command, tmp_path, monkeypatch):
     main(command())
     before = files(tmp_path / "out")
     monkeypatch.setattr("callbacks.disk_space.shutil.disk_usage", lambda _: FullDisk)
-    refused(command("--model.budget=4"), "has 0 MiB free")
+    refused(command("--model.budget=4", "--overwrite"), "has 0 MiB free")
     assert files(tmp_path / "out") == before
 
 
@@ -553,7 +557,7 @@ def test_a_disk_that_fills_up_loses_nothing(command, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lightning_modules.running.atomic_checkpoint.os.fsync", full)
-    refused(command("--model.budget=4", "--checkpoint.every_n_epochs=1"), "No space left")
+    refused(command("--model.budget=4", "--checkpoint.every_n_epochs=1", "--overwrite"), "No space left")
     assert files(tmp_path / "out") == before
     assert checkpoint.read_bytes() == saved
     assert not list(checkpoint.parent.glob(".*"))

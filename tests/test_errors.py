@@ -400,6 +400,7 @@ def test_a_result_that_cannot_be_saved_is_named(backbone, tmp_path, monkeypatch)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file/model cannot be written"):
         TrainedModel().on_fit_end(trainer, module)  # type: ignore[arg-type]
+    trainer.default_root_dir = str(tmp_path)
     monkeypatch.setattr(Full, "save", raising(BUGS[0]))
     with pytest.raises(AttributeError):
         TrainedModel().on_fit_end(trainer, module)  # type: ignore[arg-type]
@@ -439,7 +440,8 @@ def log(tmp_path):
 
 
 def test_a_log_that_cannot_be_written_is_one_line_before_all_else(words, tmp_path):
-    (tmp_path / "out").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tensorboard").touch()
     assert re.fullmatch(r".*/out/tensorboard cannot be written: .*; make it writable, .*", told(words()))
 
 
@@ -641,7 +643,7 @@ DECODERS = [OSError("cut"), EOFError(), SyntaxError("broken PNG"), ValueError("t
 def test_what_decoders_say_of_a_photo_is_one_line(monkeypatch, place, error):
     data = picture()
     monkeypatch.setattr(*((Image, "open") if place == "open" else (ImageFile.ImageFile, "load")), raising(error))
-    with pytest.raises(InputError, match=r"^a\.png cannot be decoded: it is truncated or no image"):
+    with pytest.raises(InputError, match=r"^a\.png cannot be decoded: it is truncated or damaged"):
         decode(data, "a.png")
 
 

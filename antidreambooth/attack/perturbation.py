@@ -16,7 +16,7 @@ from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, frozen
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.seeding import Turn
-from antidreambooth.errors import InputError
+from antidreambooth.errors import require
 
 STEP = 1 / 127.5  # one 8-bit step of a pixel, in [-1, 1]
 
@@ -95,14 +95,10 @@ class PGD:
     reduce: Callable[[Tensor], Tensor] = alone
 
     def __post_init__(self) -> None:
-        if not 1 <= self.budget <= 255:
-            raise InputError(
-                f"the budget is in 8-bit steps, from 1 to 255 (the paper's is about 6.4): got {self.budget}"
-            )
-        if self.step_size is not None and not 0 < self.step_size <= 255:
-            raise InputError(f"the step size is in 8-bit steps, above 0: got {self.step_size}")
-        if self.steps < 1 or self.micro_batch < 1:
-            raise InputError(f"pgd_steps and micro_batch are 1 or more, got {self.steps} and {self.micro_batch}")
+        require("budget", self.budget, 1, 255, unit="in 8-bit steps (the paper's is about 6.4)")
+        require("step_size", self.step_size, above=0, most=255, unit="in 8-bit steps")
+        require("pgd_steps", self.steps, 1)  # as whoever gives it calls it
+        require("micro_batch", self.micro_batch, 1)
 
     @property
     def effective_step_size(self) -> float:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 
 Schedule = Literal["constant", "linear"]
 
@@ -91,8 +91,7 @@ class Momentum(StepRule):
         random_start: bool = False,
     ) -> None:
         super().__init__(schedule, random_start)
-        if not 0 <= decay <= 1:
-            raise InputError(f"the decay of momentum is from 0 to 1, got {decay}")
+        require("decay", decay, 0, 1)
         self.decay, self.across_rounds = decay, across_rounds
         self.lasting = across_rounds
 

@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from antidreambooth.errors import require
+
 
 class Transform(ABC):
     """A differentiable change of pictures that depends on a few random numbers, drawn for all pictures at once."""
@@ -42,6 +44,7 @@ class Crop(Transform):
     """
 
     def __init__(self, smallest: float = 0.8) -> None:
+        require("smallest", smallest, above=0, most=1)
         self.smallest = smallest
 
     def draw(self, count: int, generator: torch.Generator) -> Float[Tensor, "n numbers"]:

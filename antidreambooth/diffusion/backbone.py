@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -171,12 +171,24 @@ class Backbone(nn.Module, ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights and the noise schedule: which model this is, whatever its folder is called."""
-        digest = hashlib.sha256()
-        tensors = {**self.state_dict(), "alphas_cumprod": self.alphas_cumprod}
-        for name in sorted(tensors):
-            digest.update(name.encode())
-            digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return sha256({**self.state_dict(), "alphas_cumprod": self.alphas_cumprod})
+
+    def learned_fingerprint(self) -> str:
+        """The same over the weights that learn: whether they have learned anything."""
+        return sha256({name: weight for name, weight in self.named_parameters() if weight.requires_grad})
+
+    def not_finite(self) -> list[str]:
+        """Names of the weights that hold NaN or infinity."""
+        return [name for name, weight in self.state_dict().items() if not weight.isfinite().all()]
+
+
+def sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values, whatever the order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def precise(values: Tensor) -> Tensor:

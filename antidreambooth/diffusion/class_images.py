@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from antidreambooth.diffusion.backbone import Backbone
-from antidreambooth.diffusion.sampling import noise_of, sample
+from antidreambooth.diffusion.sampling import blank, noise_of, sample
+from antidreambooth.errors import InputError
 from antidreambooth.files import writing
 from antidreambooth.photos.delivery import write_png
 
@@ -53,7 +54,7 @@ def class_images(
         progress: wraps the loop over batches, for a progress bar.
 
     Raises:
-        InputError: they cannot be written to the cache.
+        InputError: they cannot be written to the cache, or are none: nothing but one colour, or not finite.
     """
     made_by: dict[str, Any] = {
         "backbone": backbone.fingerprint(),
@@ -75,6 +76,12 @@ def class_images(
         for start in progress(starts):
             # Always a whole batch, so that the pictures do not depend on how many were asked for.
             noise = noise_of(backbone, resolution, range(start, start + batch), seed)
-            for file, picture in zip(files[start:], sample(backbone, prompt, noise).cpu(), strict=False):
+            pictures = sample(backbone, prompt, noise).cpu()
+            if blank(pictures).all():
+                raise InputError(
+                    f"the base model draws class images of {prompt!r} that have one colour all over, of which nothing "
+                    "can be learned: use another base model"
+                )
+            for file, picture in zip(files[start:], pictures, strict=False):
                 write_png(file, picture)
     return torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.files import write_json
 
 T = TypeVar("T")
@@ -31,6 +31,11 @@ class Recipe:
     batch_size: int
     steps: int
     train_text_encoder: bool
+
+    def __post_init__(self) -> None:
+        require("learning_rate", self.learning_rate, above=0)
+        require("batch_size", self.batch_size, 1)
+        require("steps", self.steps, 1)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,11 @@ class Defaults:
     blurred_references: bool = False
     notice: str = ""
 
+    def __post_init__(self) -> None:
+        require("prior_weight", self.prior_weight, 0)
+        require("guidance_scale", self.guidance_scale, 0)
+        require("sampling_steps", self.sampling_steps, 1)
+
     def recipe(self, role: Role) -> Recipe:
         """How this model is fine-tuned in a role."""
         recipe: Recipe = getattr(self, role)
@@ -82,10 +92,13 @@ class Defaults:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
-                raise InputError(f"{file} cannot be used: it is no JSON object; its keys are those of {cls.__name__}")
+                raise InputError("it is no JSON object")
+            if None in values.values():
+                raise InputError(f"{next(key for key in values if values[key] is None)} has no value")
             recipes = {key: Recipe(**value) for key, value in values.items() if isinstance(value, dict)}
             return cls(**{**values, **recipes})
-        except (OSError, TypeError, ValueError) as error:  # TypeError: a dataclass's, for a key that it does not have
+        except (InputError, OSError, TypeError, ValueError) as error:
+            # InputError: a number out of range. TypeError: a dataclass's, for a key that it does not have.
             raise InputError(f"{file} cannot be used: {error}; its keys are those of {cls.__name__}") from error
 
     def write(self, folder: Path) -> None:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.precision import full_precision
+from antidreambooth.diffusion.seeding import require_seed
+from antidreambooth.errors import InputError, require
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,15 @@ class Generation:
     sampling_steps: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise InputError("generation.prompts is empty: there is nothing to draw")
+        require("images", self.images, 1)
+        require("batch", self.batch, 1)
+        require("guidance_scale", self.guidance_scale, 0)
+        require("sampling_steps", self.sampling_steps, 1)
+        require_seed("seed", self.seed)
+
 
 @torch.no_grad()
 def sample(
@@ -47,7 +59,12 @@ def sample(
     """Pictures of a prompt from given noise, in 8 bits; the backbone's own guidance and steps when not given.
 
     Latents are drawn in the precision of whoever asks, and decoded in fp32: low precision would show in the pixels.
+
+    Raises:
+        InputError: the model draws no finite numbers, or has fewer steps in its noise schedule.
     """
+    steps = given(steps, backbone.defaults.sampling_steps)
+    require("sampling_steps", steps, 1, backbone.timesteps)
     # Of no effect where latents are given; but the pipeline looks at the U-Net's sample_size where there is none, and
     # wants multiples of 8.
     side = 8 * noise.shape[-1]
@@ -57,18 +74,46 @@ def sample(
             latents=noise,
             height=side,
             width=side,
-            guidance_scale=backbone.defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            num_inference_steps=steps or backbone.defaults.sampling_steps,
+            guidance_scale=given(guidance_scale, backbone.defaults.guidance_scale),
+            num_inference_steps=steps,
             output_type="latent",
         ).images
+        require_finite(latents, prompt)  # the decoder clamps infinity to white
         with full_precision(latents.device):
             images = torch.cat([backbone.decode(one) for one in torch.split(latents.float(), 1)])  # fp32 takes memory
-    return eight_bits(images * 0.5 + 0.5)
+    return eight_bits(images * 0.5 + 0.5, prompt)
 
 
-def eight_bits(images: Float[Tensor, "n 3 H W"]) -> UInt8[Tensor, "n 3 H W"]:
-    """What a pipeline draws, in [0, 1], as pixels."""
+def eight_bits(images: Float[Tensor, "n 3 H W"], prompt: str) -> UInt8[Tensor, "n 3 H W"]:
+    """What a pipeline draws of a prompt, in [0, 1], as pixels.
+
+    Raises:
+        InputError: there are numbers that are not finite, which would be black.
+    """
+    require_finite(images, prompt)
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def require_finite(drawn: Tensor, prompt: str) -> None:
+    """Refuses what is no picture; one copy from the device.
+
+    Args:
+        drawn: pictures or their latents.
+        prompt: what they should show, for the message.
+
+    Raises:
+        InputError: a number is not finite.
+    """
+    if not drawn.isfinite().all():
+        raise InputError(
+            f"the model draws no pictures of {prompt!r} but numbers that are not finite: its weights are broken or its "
+            "training diverged; try another base model, a lower learning rate or --trainer.precision 32-true"
+        )
+
+
+def blank(pictures: UInt8[Tensor, "n 3 h w"]) -> Bool[Tensor, " n"]:
+    """Which pictures show nothing: all pixels have one colour, as they have where a model is broken."""
+    return (pictures.amax((2, 3)) == pictures.amin((2, 3))).all(dim=1)
 
 
 def noise_of(backbone: Backbone, resolution: int, indices: Iterable[int], seed: int) -> Float[Tensor, "n c h w"]:

@@ -9,6 +9,19 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from antidreambooth.errors import require
+
+LARGEST = 2**32 - 1  # seed that NumPy and Lightning take
+
+
+def require_seed(name: str, seed: int) -> None:
+    """Refuses what is no seed; ``name`` is what its owner calls it.
+
+    Raises:
+        OutOfRangeError: it is not from 0 to ``LARGEST``.
+    """
+    require(name, seed, 0, LARGEST)
+
 
 @dataclass(frozen=True)
 class Turn:

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.sampling import eight_bits
+from antidreambooth.errors import require
 from antidreambooth.finetuning import augmentation
 
 
@@ -48,6 +49,7 @@ class JPEG(Condition):
     """
 
     def __init__(self, quality: int = 75) -> None:
+        require("quality", quality, 1, 100)
         self.quality = quality
 
     def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
@@ -63,6 +65,7 @@ class Rescale(Condition):
     """
 
     def __init__(self, factor: float = 0.5) -> None:
+        require("factor", factor, above=0, most=1)
         self.factor = factor
 
     def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
@@ -82,6 +85,7 @@ class Blur(Condition):
     """
 
     def __init__(self, sigma: float = 1.0) -> None:
+        require("sigma", sigma, above=0)
         self.sigma = sigma
 
     def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
@@ -101,6 +105,9 @@ class Clean(Condition):
     """
 
     def __init__(self, strength: float = 0.2, steps: int = 50, guidance_scale: float = 1.0) -> None:
+        require("strength", strength, above=0, most=1)
+        require("steps", steps, 1)
+        require("guidance_scale", guidance_scale, 0)
         self.strength, self.steps, self.guidance_scale = strength, steps, guidance_scale
 
     def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
@@ -120,7 +127,7 @@ class Clean(Condition):
             ).images
             for index, photo in enumerate(photos)
         ]
-        return eight_bits(torch.cat(cleaned)).cpu()
+        return eight_bits(torch.cat(cleaned), backbone.defaults.class_prompt).cpu()
 
 
 class Mix(Condition):
@@ -131,6 +138,7 @@ class Mix(Condition):
     """
 
     def __init__(self, share: float = 0.5) -> None:
+        require("share", share, 0, 1)
         self.share = share
 
     def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:

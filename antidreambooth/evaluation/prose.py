@@ -63,6 +63,18 @@ def warnings(groups: Sequence[Group], finished: int, expected: int, failed: int)
     return found
 
 
+def of_blanks(cells: Iterable[Result]) -> list[str]:
+    """That some victims drew nothing, which the measures cannot tell from a picture without a face."""
+    blank = [cell for cell in cells if cell.blank]
+    if not blank:
+        return []
+    count, drawn = sum(cell.blank for cell in blank), sum(len(cell.files) for cell in blank)
+    return [
+        f"{count} of {drawn} pictures of {len(blank)} cells ({blank[0].name} is one) have one colour all over: there a "
+        "victim drew nothing, which is no protection, and counts as no face."
+    ]
+
+
 def paragraph(cells: Sequence[Result]) -> str:
     """The verdict for one person's photos, in counted pictures: what was tried, what came of it, what stays open."""
     people = ", ".join(sorted({cell.person for cell in cells}))

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from antidreambooth.evaluation.judgement import LOW, RECOGNISED, Group, Setting, Status, setting_of, summarise
-from antidreambooth.evaluation.prose import answer, count_recognised, warnings
+from antidreambooth.evaluation.prose import answer, count_recognised, of_blanks, warnings
 from antidreambooth.evaluation.results import MEASURES, Result, decimal
 from antidreambooth.evaluation.statistics import RESAMPLES, Interval
 from antidreambooth.files import write_atomically
@@ -81,7 +81,7 @@ def write_report(
     facts = {
         "title": title,
         "answer": answer(groups),
-        "warnings": warnings(groups, len(cells), expected, len(failed)),
+        "warnings": [*of_blanks(cells), *warnings(groups, len(cells), expected, len(failed))],
         "finished": len(cells),
         "expected": expected,
         "failed": failed,

@@ -53,6 +53,7 @@ class Result:
     seconds: float
     files: tuple[str, ...]  # relative to its folder
     values: dict[str, Values]
+    blank: int = 0  # pictures with one colour all over: no protection, but a victim that drew nothing
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -97,6 +98,7 @@ def _read(place: Path, record: dict[str, str | float]) -> Result:
         seconds=float(record["seconds"]),
         files=tuple(row["file"] for row in rows),
         values=_measures(rows),
+        blank=sum(_number(row.get("blank", "0")) == 1 for row in rows),
     )
 
 
@@ -112,7 +114,7 @@ def _measures(rows: list[dict[str, str]]) -> dict[str, Values]:
     return {name: columns[name] for name in MEASURES if name in columns and not np.isnan(columns[name]).all()}
 
 
-_TEXT = ("prompt", "index", "file")
+_TEXT = ("prompt", "index", "file", "blank")  # and what is no measure
 
 
 def _number(text: str) -> float:

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from antidreambooth.errors import require
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -26,6 +28,10 @@ class Augmentation:
     crop: float = 1.0
     flip: bool = False
     jpeg: int | None = None
+
+    def __post_init__(self) -> None:
+        require("crop", self.crop, above=0, most=1)
+        require("jpeg", self.jpeg, 1, 100)
 
     @property
     def active(self) -> bool:

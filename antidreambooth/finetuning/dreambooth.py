@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.defaults import Defaults, Role, given
 from antidreambooth.diffusion.draws import Draw, Uniform
+from antidreambooth.errors import require
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class PriorPreservation:
     weight: float | None = None
     class_prompt: str | None = None
     images: int = 200
+
+    def __post_init__(self) -> None:
+        require("weight", self.weight, 0)
+        require("images", self.images, 1)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,12 @@ class DreamBooth:
     train_text_encoder: bool | None = None
     gradient_checkpointing: bool = False
     prior: PriorPreservation = field(default_factory=PriorPreservation)
+
+    def __post_init__(self) -> None:
+        require("learning_rate", self.learning_rate, above=0)
+        require("steps", self.steps, 1)
+        require("batch_size", self.batch_size, 1)
+        require("weight_decay", self.weight_decay, 0)
 
     def completed(self, defaults: Defaults, role: Role = "surrogate") -> DreamBooth:
         """The same settings with the backbone's own values where none were given."""

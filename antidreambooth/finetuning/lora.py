@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.integrity import listed, unusable
 from antidreambooth.diffusion.loading import quiet
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.adaptation import Adaptation, explained
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -45,6 +45,8 @@ class LoRA(Adaptation):
         targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"],  # noqa: B006 (never changed)
         text_targets: list[str] = ["q_proj", "k_proj", "v_proj", "out_proj"],  # noqa: B006
     ) -> None:
+        require("rank", rank, 1)
+        require("alpha", alpha, 1)
         self.rank, self.alpha, self.targets, self.text_targets = rank, alpha, targets, text_targets
 
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:

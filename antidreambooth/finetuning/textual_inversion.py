@@ -44,6 +44,8 @@ class TextualInversion(Adaptation):
         if train_text_encoder:
             raise InputError("textual inversion trains one embedding: leave out --model.training.train_text_encoder")
         ids = backbone.tokenizer.encode(self.initializer, add_special_tokens=False)
+        if not ids:  # the mean of nothing is NaN
+            raise InputError(f"--model.adaptation.initializer {self.initializer!r} is no word to start from")
         if self.token in backbone.tokenizer.get_vocab():  # add_tokens counts such a token as added
             raise InputError(f"the tokenizer knows {self.token} already: choose another --model.adaptation.token")
         backbone.tokenizer.add_tokens(self.token)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from antidreambooth.errors import InputError
 
+FILES = ("pictures.npy", "captions.json")
+
 
 class Pictures:
     """All pictures, left on the disk until they are asked for, and their captions.
@@ -52,7 +54,7 @@ def read_pictures(folder: Path) -> Pictures:
     Raises:
         InputError: one is missing, or they are something else.
     """
-    array, texts = folder.expanduser() / "pictures.npy", folder.expanduser() / "captions.json"
+    array, texts = (folder.expanduser() / name for name in FILES)
     try:
         pixels = np.load(array, mmap_mode="r", allow_pickle=False)
         captions = json.loads(texts.read_text(encoding="utf-8"))

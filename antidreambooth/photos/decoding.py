@@ -3,7 +3,7 @@
 import hashlib
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -17,14 +17,12 @@ from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
 from antidreambooth.errors import InputError
+from antidreambooth.photos.formats import FORMATS, SUFFIXES, UNREAD, is_raw, why_undecoded, why_unknown, why_unread
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".gif")
 BACKGROUND = (255, 255, 255)  # what transparent pixels are flattened on: white, as on paper and on most pages
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in upright pixels
 
-# What SUFFIXES promise and nothing else: an EPS that calls itself photo.jpg would start Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "HEIF", "GIF")
 # Modes whose pixels a colour profile describes as they are; all others become RGB first.
 _PROFILED = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}
 # EXIF 2.32, tag 0x0112. ImageOps.exif_transpose would also rewrite the EXIF block, which fails on odd phone tags.
@@ -58,8 +56,11 @@ def find_photos(source: Path) -> list[Path]:
 
     Warns once, naming them, about files that are skipped: hidden ones and those without a suffix of ``SUFFIXES``.
 
+    A camera's raw file (see ``UNREAD``) is a photo, too, but none that is read: it is skipped where the camera wrote a
+    JPEG beside it, and refused otherwise.
+
     Raises:
-        InputError: There is no such folder, or no photo in it.
+        InputError: There is no such folder, no photo in it, or one that is not read.
     """
     with suppress(RuntimeError):  # ~nobody stays as it is, and does not exist
         source = source.expanduser()
@@ -68,10 +69,15 @@ def find_photos(source: Path) -> list[Path]:
             raise InputError(f"{source} does not exist: give a folder of photos, or one photo")
         if source.is_file() and source.suffix.lower() in SUFFIXES:
             return [source]
+        if source.is_file() and source.suffix.lower() in UNREAD:
+            raise InputError(_unread([source.name]))
         if not source.is_dir():
             raise InputError(f"{source} is no photo: give a folder, or a file that ends in {_listed(SUFFIXES)}")
         files = sorted((path for path in source.iterdir() if not path.is_dir()), key=lambda path: path.name)
         photos = [path for path in files if _is_photo(path)]
+        stems = {path.stem.lower() for path in photos}
+        if unread := [path.name for path in files if _is_photo(path, UNREAD) and path.stem.lower() not in stems]:
+            raise InputError(_unread(unread))
         if not photos:
             folders = sorted({path.parent.name for path in source.glob("*/*") if _is_photo(path)})
             hint = f"give a sub-folder: {_listed(folders)}" if folders else f"photos end in {_listed(SUFFIXES)}"
@@ -108,8 +114,11 @@ def decode(data: bytes, name: str) -> Image.Image:
     with warnings.catch_warnings():
         # Phones have 108-megapixel sensors (DecompressionBombWarning) and write odd EXIF; neither is news.
         warnings.simplefilter("ignore")
-        with _decoding(name):
-            image = Image.open(BytesIO(data), formats=_FORMATS)
+        with _decoding(name, lambda: why_unknown(data)):
+            image = Image.open(BytesIO(data), formats=FORMATS)
+            raw = is_raw(image)
+        if raw:
+            raise InputError(f"{name} cannot be decoded: {why_unread('camera raw')}")
     return flatten(image, name)
 
 
@@ -125,7 +134,7 @@ def flatten(image: Image.Image, name: str) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _decoding(name):
+        with _decoding(name, lambda: why_undecoded(image.format)):
             image.load()
         image = _upright(image)
         colours, alpha = _separate(image, name)
@@ -135,8 +144,8 @@ def flatten(image: Image.Image, name: str) -> Image.Image:
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
-    """Turns what decoders say of a file that they cannot read into one error that names it."""
+def _decoding(name: str, why: Callable[[], str]) -> Iterator[None]:
+    """Turns what decoders say of a file that they cannot read into one error that names it and says why."""
     try:
         yield
     except Image.DecompressionBombError as error:  # raised on opening, before pixels are decoded
@@ -144,7 +153,7 @@ def _decoding(name: str) -> Iterator[None]:
         raise InputError(f"{name} is too large to be decoded safely: {size}; scale it down") from error
     # What some 600,000 files, truncated or with bytes changed, made Pillow raise, and libheif (RuntimeError).
     except (OSError, EOFError, SyntaxError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} cannot be decoded: it is truncated or no image; remove it or save it anew") from error
+        raise InputError(f"{name} cannot be decoded: {why()}") from error
 
 
 def square(image: Image.Image, resolution: int) -> tuple[UInt8[Tensor, "3 h w"], Box]:
@@ -206,8 +215,15 @@ def _to_srgb(colours: Image.Image, profile: bytes | None, name: str) -> Image.Im
     return colours.convert("RGB")
 
 
-def _is_photo(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _is_photo(path: Path, suffixes: Sequence[str] = SUFFIXES) -> bool:
+    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+
+
+def _unread(names: Sequence[str]) -> str:
+    return (
+        f"not read: {_listed(names)} (camera raw, JPEG XL and Photoshop files are not): export such a photo as PNG or "
+        "JPEG, or leave it out"
+    )
 
 
 def _listed(names: Sequence[str], most: int = 20) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import unicodedata
 from collections import Counter
@@ -15,6 +16,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from antidreambooth.errors import InputError
 from antidreambooth.files import write_atomically
 
 
@@ -57,11 +59,33 @@ def to_8bit(
     return levels.clamp(lowest, highest).to(torch.uint8)
 
 
-def write_png(path: Path, pixels: UInt8[Tensor, "3 h w"]) -> None:
-    """Write pixels without loss; the same pixels give the same bytes. See ``write_atomically``."""
+def require_change(
+    originals: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"], names: Sequence[str]
+) -> None:
+    """Refuses to deliver a photo as cloaked of which no pixel has changed.
+
+    Raises:
+        InputError: it names the first such photo.
+    """
+    same = (originals == cloaked).flatten(1).all(dim=1).tolist()
+    for name, unchanged in zip(names, same, strict=True):
+        if unchanged:
+            raise InputError(
+                f"no pixel of {name} has changed, so nothing is delivered as cloaked: use more rounds, a larger step "
+                "size or a larger budget"
+            )
+
+
+def write_png(path: Path, pixels: UInt8[Tensor, "3 h w"]) -> str:
+    """Write pixels without loss; the same pixels give the same bytes. See ``write_atomically``.
+
+    Returns:
+        SHA-256 of the file.
+    """
     buffer = BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
 def _folded(name: str) -> str:

@@ -16,10 +16,11 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from antidreambooth.diffusion.loading import read_defaults, resolution_of
+from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.errors import InputError
-from antidreambooth.files import write_atomically
-from launch.cost import attacked
+from antidreambooth.files import locked, to_json, write_atomically
+from launch.cost import attacked, side_of
+from launch.flags import named
 from launch.help import PEOPLE, USAGE, Help
 from launch.jobs import workers_of
 from launch.people.dry_run import State, plan
@@ -44,10 +45,8 @@ def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
         work(tasks, options.share, job.logs)
         return
     settings = parse(command(job.protection, {}))  # a wrong flag ends here, and not once for each person
-    sources, model = attacked(settings), settings.model.init_args
-    side = resolution_of(sources[0], model.resolution)
-    for source in sources[1:]:
-        resolution_of(source, side)  # what is wrong with a model ends here, too
+    sources = attacked(settings)
+    side_of(settings.model.init_args)  # what is wrong with a base model ends here, too
     for terms in dict.fromkeys(read_defaults(source).notice for source in sources):
         if terms:
             print(terms, flush=True)
@@ -57,11 +56,12 @@ def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
         return
     if left := sum(not record.is_file() for record in records):
         print(f"{left} of {len(records)} people to do, {min(left, workers_of(job.launcher))} at a time", flush=True)
-    try:
-        share_out(["people", *arguments], records, job.launcher, job.logs, "people")
-    finally:
-        found = states(job, changed)
-        write_summary(job, found)
+    with locked(job.root, "give another folder with --output"):
+        try:
+            share_out(["people", *arguments], records, job.launcher, job.logs, "people")
+        finally:
+            found = states(job, changed)
+            write_summary(job, found)
     if lost := [one for one in found if one.state != "done"]:
         reason = lost[0].error or "no worker got to it"
         raise InputError(
@@ -82,8 +82,9 @@ def parser() -> ArgumentParser:
 
 def read_people(options: Namespace) -> People:
     """The job that the options describe."""
-    values = vars(parser().instantiate(options))
-    job = People(**{key: value for key, value in values.items() if key not in ("config", "share", "dry_run")})
+    with named(options):
+        values = vars(parser().instantiate(options))
+        job = People(**{key: value for key, value in values.items() if key not in ("config", "share", "dry_run")})
     job.check()
     return job
 
@@ -149,7 +150,7 @@ def write_summary(job: People, found: list[State]) -> None:
         cells = (one.person, one.state, one.seconds, closeness, one.error)
         lines.append("| " + " | ".join("" if c is None else str(c).replace("|", r"\|") for c in cells) + " |")
     write_atomically(job.root / "table.md", ("\n".join(lines) + "\n").encode())
-    records = [json.dumps(one._asdict(), ensure_ascii=False) for one in found]
+    records = [to_json(one._asdict(), ensure_ascii=False) for one in found]
     write_atomically(job.root / "summary.jsonl", ("\n".join(records) + "\n").encode())
     print(f"{counts}; the table: {job.root / 'table.md'}", flush=True)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from antidreambooth.diffusion.seeding import require_seed
 from antidreambooth.errors import InputError
 from launch.jobs import Launcher
 from launch.runs import hashes, is_config, located
@@ -18,7 +19,7 @@ from launch.runs import hashes, is_config, located
 OURS = ("jobs", "summary.jsonl", "table.md")  # in the output folder, beside people
 # Our files' suffix, what a command line takes for a YAML mapping, what no terminal or UTF-8 file can show.
 ODD = re.compile(r"\.failed$|:( |$)|[\x00-\x1f\x7f\ud800-\udfff]")
-EACH = ("data.photos", "data.clean_photos", "seed_everything", "trainer.default_root_dir", "ckpt_path")
+EACH = ("data.photos", "data.clean_photos", "seed_everything", "trainer.default_root_dir", "ckpt_path", "overwrite")
 
 
 class Folders(NamedTuple):
@@ -48,6 +49,11 @@ class People:
     names: list[str] | None = None
     seed: int = 0
     launcher: Launcher = field(default_factory=Launcher)
+
+    def __post_init__(self) -> None:
+        require_seed("seed", self.seed)
+        if self.names is not None and not self.names:
+            raise InputError("--names is empty: leave it out for all people")
 
     @property
     def root(self) -> Path:

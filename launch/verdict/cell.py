@@ -103,15 +103,15 @@ class Cloak:
         """All that the pixels depend on. A finished cloak is recognised by it, so its keys are a file format.
 
         Raises:
-            InputError: a photo cannot be decoded.
+            InputError: a photo cannot be decoded, or one that should be an original is cloaked.
         """
         return {
             **self.backbone.given,
             "protection": self.how,
             "budget": self.budget,
             "seed": self.seed,
-            "photos": contents(self.folders.photos),
-            "clean_photos": contents(self.folders.clean_photos),
+            "photos": contents(self.folders.photos, originals=True),
+            "clean_photos": contents(self.folders.clean_photos, originals=True),
             **({"protected": contents(self.how)} if self.origin == "folder" else {}),
         }
 
@@ -157,7 +157,7 @@ class Cell:
         """All that the figures depend on. A finished cell is recognised by it, so its keys are a file format.
 
         Raises:
-            InputError: a photo cannot be decoded.
+            InputError: a photo cannot be decoded, or one that should be an original is cloaked.
         """
         return {
             "cloak": self.cloak.settings,
@@ -166,7 +166,7 @@ class Cell:
             "seed": self.seed,
             "generation": describe(self.generation),
             "defaults": describe(read_defaults(self.cloak.backbone)),
-            "references": [contents(folder) for folder in self.cloak.folders.references],
+            "references": [contents(folder, originals=True) for folder in self.cloak.folders.references],
         }
 
     @property

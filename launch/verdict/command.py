@@ -19,6 +19,8 @@ from antidreambooth.evaluation.prose import paragraph
 from antidreambooth.evaluation.quality import LPIPS_MISSING, largest_difference, lpips, lpips_available, psnr, ssim
 from antidreambooth.evaluation.report import write_report
 from antidreambooth.evaluation.results import read_results
+from antidreambooth.files import locked
+from launch.flags import named
 from launch.help import USAGE, VERDICT, Help
 from launch.runs import Fit, Parse, finished
 from launch.tasks import Task, failures, share_out, work
@@ -50,8 +52,9 @@ def verdict(arguments: list[str], fit: Fit, parse: Parse) -> None:
         print("\n".join(estimate(tasks, experiment.launcher, experiment.root, parse)), flush=True)
     if options.dry_run:
         return
-    cloaks, cells = run(experiment, tasks, arguments)
-    write_results(experiment, tasks, cloaks, cells)
+    with locked(experiment.root, "give another --name"):
+        cloaks, cells = run(experiment, tasks, arguments)
+        write_results(experiment, tasks, cloaks, cells)
     if failed := {**cloaks, **cells}:
         counts = f"{len(cloaks)} cloaks and {len(cells)} cells failed" if cloaks else f"{len(cells)} cells failed"
         name, reason = next(iter(failed.items()))
@@ -78,7 +81,8 @@ def read_experiment(options: Namespace) -> Experiment:
     Raises:
         InputError: --photos or --clean_photos cannot be used.
     """
-    values = vars(parser().instantiate(options))
+    with named(options):
+        values = vars(parser().instantiate(options))
     photos, clean = values.pop("photos"), values.pop("clean_photos")
     if bool(photos) != bool(clean):
         raise InputError("give both: --photos (your cloaked ones) and --clean_photos (others of you, not cloaked)")
@@ -86,7 +90,8 @@ def read_experiment(options: Namespace) -> Experiment:
         values |= {"people": {OWN: Person(clean, clean)}, "protections": {"none": "none", "cloaked": photos}}
         if not Path(photos).is_dir():
             raise InputError(f"{photos} is no folder: --photos is the folder of your cloaked photos")
-    return Experiment(**{key: value for key, value in values.items() if key not in OPTIONS})
+    with named(options):
+        return Experiment(**{key: value for key, value in values.items() if key not in OPTIONS})
 
 
 def run(experiment: Experiment, tasks: Resolved, arguments: list[str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from antidreambooth.diffusion.loading import resolution_of
 from antidreambooth.diffusion.sampling import Generation
+from antidreambooth.diffusion.seeding import require_seed
 from antidreambooth.diffusion.source import Source
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.conditions import Condition
 from launch.jobs import Launcher
 from launch.runs import is_config, located
@@ -76,6 +77,15 @@ class Experiment:
     generation: Generation = field(default_factory=lambda: Generation(images=8))
     launcher: Launcher = field(default_factory=Launcher)
     keep_models: bool = False
+
+    def __post_init__(self) -> None:
+        for budget in self.budgets:
+            require("budgets", budget, 1, 255, unit="in 8-bit steps")
+        for name, seeds in (("cloak_seeds", self.cloak_seeds), ("victim_seeds", self.victim_seeds)):
+            for seed in seeds:
+                require_seed(name, seed)
+        if self.people_names is not None and not self.people_names:
+            raise InputError("--people_names is empty: leave it out for all people")
 
     @property
     def source(self) -> Source:

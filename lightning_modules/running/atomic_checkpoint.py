@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             InputError: the disk is full or the folder not writable.
         """
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.part")  # always the same, so that a kill leaves one at most
+        # What a kill leaves is removed when the next run begins in the folder.
+        temporary = target.with_name(f".{secrets.token_hex(8)}.part")
         with writing(target, ADVICE):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 
 SUPPORTED = "auto (one device), ddp, or the files of configs/trainer (deepspeed-2, deepspeed-3, fsdp)"
 
@@ -59,6 +59,7 @@ class DeepSpeed(DeepSpeedStrategy):
     """
 
     def __init__(self, stage: int = 2, offload_optimizer: bool = False, offload_parameters: bool = False) -> None:
+        require("stage", stage, 1, 3)
         super().__init__(
             stage=stage,
             offload_optimizer=offload_optimizer,

@@ -16,7 +16,8 @@ import torch
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation import faces
 from antidreambooth.evaluation.faces import Dlib, UniFace, find, reference
-from antidreambooth.photos.decoding import SUFFIXES, load_photos
+from antidreambooth.photos.decoding import load_photos
+from antidreambooth.photos.formats import SUFFIXES
 from tests.conftest import ROOT, random_images
 
 PEOPLE = os.environ.get("ANTIDREAMBOOTH_PEOPLE")  # a folder of people, each a folder of their photos

@@ -395,7 +395,7 @@ def test_what_is_not_given_is_the_models_own(role):
     found = training.learning_rate, training.batch_size, training.steps, training.train_text_encoder
     assert found == (recipe.learning_rate, recipe.batch_size, recipe.steps, recipe.train_text_encoder)
     assert (training.prior.weight, training.prior.class_prompt) == (1.0, "a photo of person")
-    given_all = DreamBooth(0.5, 0, 9, train_text_encoder=False, prior=PriorPreservation(0.0, "x"))
+    given_all = DreamBooth(0.5, 9, 9, weight_decay=0.0, train_text_encoder=False, prior=PriorPreservation(0.0, "x"))
     assert given_all.completed(Defaults(), role) == given_all  # 0 and False are values, too
     assert training.completed(replace(Defaults(), full=Recipe(9.0, 9, 9, False)), role) == training
 

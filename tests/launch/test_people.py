@@ -16,7 +16,7 @@ from PIL import Image
 import launch.tasks
 import lightning_modules.backbone_module
 from antidreambooth.diffusion.reuse import kept_in_memory, remembered
-from antidreambooth.files import write_json
+from antidreambooth.files import LOCK, locked, write_json
 from antidreambooth.provenance import differences
 from cli import main
 from launch.people.command import parser, read_people
@@ -171,11 +171,37 @@ def summary(root: Path) -> dict[str, dict]:
     return {line.pop("person"): line for line in lines}
 
 
+def test_a_second_command_at_the_same_time_is_told(failed, seen, tmp_path):
+    with locked(tmp_path / "out", "wait"):
+        assert "another run is at work in" in (line := failed())
+        assert "--output" in line
+    assert seen == []
+
+
+def test_cloaked_photos_are_no_originals(failed, out, folder):
+    shutil.rmtree(folder / "ann")
+    shutil.copytree(out / "ann", folder / "ann", ignore=shutil.ignore_patterns("*.json.lock", "checkpoints"))
+    (folder / "ann" / "cloaked").rename(folder / "ann" / "set_B")
+    assert re.search("1 of 2 people failed, the first: ann: .*set_B/0.png is no original", failed(out="new"))
+
+
+def test_what_an_earlier_start_left_is_replaced_and_what_another_run_made_is_not(ask, failed, out):
+    """The first was killed before its first checkpoint; the second never was a run of this command."""
+    for name in ("ann", ODD):
+        (out / name / "done.json").unlink()
+        shutil.rmtree(out / name / "checkpoints", ignore_errors=True)
+    (out / "ann" / "begun.json").write_text('{"settings": {}, "seconds": 0.0}')
+    before = results(out)
+    assert re.search(rf"1 of 2 people failed, the first: {re.escape(ODD)}: .*holds a finished run", failed())
+    assert results(out) == before
+    assert (out / "ann" / "done.json").is_file()
+
+
 # What comes out
 
 
 def test_everybody_has_a_run_of_their_own(done):
-    assert {path.name for path in done.out.iterdir()} == {"ann", ODD, "summary.jsonl", "table.md"}
+    assert {path.name for path in done.out.iterdir()} == {"ann", ODD, "summary.jsonl", "table.md", LOCK}
     manifest = json.loads((done.out / ODD / "manifest.json").read_text())
     assert [photo["source"] for photo in manifest["photos"]] == ["0.png"]
     assert list(manifest["settings"]["clean_photos"]) == ["0.png", "1.png"]

@@ -1,5 +1,6 @@
 """The verdict's launcher: which cells there are, what each runs, how it stops and goes on, what it refuses."""
 
+import hashlib
 import io
 import json
 import os
@@ -25,6 +26,7 @@ import lightning_modules.victim
 from antidreambooth.attack.perturbation import random_noise
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.conditions import JPEG, Scene
+from antidreambooth.files import locked, write_json
 from cli import main, parsed
 from launch.cost import duration
 from launch.jobs import Launcher, run_jobs, workers_of
@@ -378,6 +380,24 @@ def test_each_cell_is_trained_and_measured_once(ask, fit, people, capsys):
     cloaked = FakeFit.value(cloaking[0], "trainer.default_root_dir")
     assert FakeFit.value(cloaking[0], "data.clean_photos") == str(people / "ann" / "set_A")
     assert cloaked == str(root / "cloaks" / "ann-aspl-8-s0")
+
+
+def test_cloaked_photos_are_no_originals(ask, fit, people, capsys):
+    """Figures that compare with them would be wrong."""
+    photo = next((people / "ann" / "set_A").iterdir())
+    made = {"source": "a.jpg", "sha256": "", "cloaked_sha256": hashlib.sha256(photo.read_bytes()).hexdigest()}
+    write_json(people / "ann" / "manifest.json", {"settings": {}, "versions": {}, "photos": [made]})
+    with pytest.raises(InputError, match=rf"{re.escape(photo.name)} is no original: the run in .*ann made it"):
+        ask()
+    assert fit.commands == []
+
+
+def test_a_second_command_at_the_same_time_is_told(ask, fit, people, tmp_path):
+    (people.parent / "out").mkdir(exist_ok=True)
+    experiment = experiment_of(people)
+    with locked(experiment.root, "wait"), pytest.raises(InputError, match="another run is at work in"):
+        ask()
+    assert fit.commands == []
 
 
 def test_the_second_time_nothing_runs(ask, fit, people, capsys):

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lightning_modules.victim
 from antidreambooth.diffusion.loading import load_backbone
+from antidreambooth.files import LOCK
 from antidreambooth.photos.decoding import to_float
 from cli import main
 from lightning_modules.victim import Victim
@@ -135,7 +136,7 @@ def test_every_config_trains(fit, tmp_path, small_model, config, capsys):
     assert pixels(out / "samples" / "step-060.png").shape == (20, 4 * 18 + 2, 3)
     assert (out / "checkpoints" / "last.ckpt").is_file()
     assert {path.name for path in out.iterdir()} <= {
-        *("samples", "checkpoints", "tensorboard", "manifest.json", "config.yaml", FOLDERS[config])
+        *("samples", "checkpoints", "tensorboard", "manifest.json", "config.yaml", FOLDERS[config], LOCK)
     }
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     assert len(events.Scalars("victim/loss")) == 60
@@ -417,7 +418,7 @@ def test_every_config_is_measured(fit, test, tmp_path, config):
     for name in ("ism", "joint_ism", "distance"):
         assert means[name] == pytest.approx(np.mean([float(row[name]) for row in found]), rel=1e-5)
     before = outcome(out)
-    main(test(config=config))
+    main(test("--overwrite", config=config))
     assert outcome(out) == before
 
 
@@ -447,7 +448,7 @@ def test_pictures_do_not_depend_on_the_batch(fitted, test, tmp_path, monkeypatch
 
     monkeypatch.setattr(lightning_modules.victim, "sample", sizing)
     for batch in (1, 3):
-        main(test(f"--model.generation.batch={batch}"))
+        main(test(f"--model.generation.batch={batch}", "--overwrite"))
         found[batch] = [pixels(tmp_path / "out" / row["file"]).astype(int) for row in rows(tmp_path / "out")]
     assert sizes == [1] * 6 + [3] * 2
     assert np.abs(np.array(found[1]) - np.array(found[3])).max() <= 1
@@ -455,7 +456,7 @@ def test_pictures_do_not_depend_on_the_batch(fitted, test, tmp_path, monkeypatch
 
 def test_pictures_of_an_earlier_test_are_gone(fitted, test, tmp_path):
     main(test())
-    main(test("--model.generation.images=1"))
+    main(test("--model.generation.images=1", "--overwrite"))
     assert len(list((tmp_path / "out" / "images").iterdir())) == 2
 
 
@@ -473,9 +474,8 @@ def test_a_picture_without_a_face_is_an_empty_cell(test, tmp_path):
     bright = tmp_path / "bright"
     bright.mkdir()
     Image.fromarray(np.full((16, 16, 3), (255, 250, 245), np.uint8)).save(bright / "a.png")
-    main(
-        test("--model.adaptation=Untrained", f"--model.faces.darkest={threshold}", f"--data.reference_photos={bright}")
-    )
+    darkest = [f"--model.faces.darkest={threshold}", f"--data.reference_photos={bright}"]
+    main(test("--model.adaptation=Untrained", *darkest, "--overwrite"))
     found = rows(tmp_path / "out")
     assert {row["face"] for row in found} == {"0.0", "1.0"}
     for row in found:
@@ -507,7 +507,7 @@ def test_several_folders_of_references(test, photos, tmp_path):
     both = f"--data.reference_photos=[{photos},{more}]"
     main(test("--model.adaptation=Untrained"))
     one = outcome(tmp_path / "out")
-    main(test("--model.adaptation=Untrained", both))
+    main(test("--model.adaptation=Untrained", both, "--overwrite"))
     assert outcome(tmp_path / "out")["per_image.csv"] != one["per_image.csv"]
 
 

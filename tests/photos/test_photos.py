@@ -16,12 +16,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageCms
+from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, TiffImagePlugin, features
 
 from antidreambooth.errors import InputError
 from antidreambooth.files import write_atomically
-from antidreambooth.photos.decoding import BACKGROUND, SUFFIXES, decode, find_photos, load_photos, square, to_float
+from antidreambooth.photos.decoding import BACKGROUND, decode, find_photos, load_photos, square, to_float
 from antidreambooth.photos.delivery import cloaked_names, to_8bit, write_png
+from antidreambooth.photos.formats import FORMATS as READ
+from antidreambooth.photos.formats import SUFFIXES, UNREAD
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 REDDISH, GREENISH = (200, 30, 90), (30, 200, 90)
@@ -31,13 +33,21 @@ FORMATS = {
     ".jpeg": "JPEG",
     ".jpe": "JPEG",
     ".jfif": "JPEG",
+    ".mpo": "MPO",
     ".png": "PNG",
+    ".apng": "PNG",
     ".webp": "WEBP",
     ".bmp": "BMP",
     ".tif": "TIFF",
     ".tiff": "TIFF",
+    ".avif": "AVIF",
     ".heic": "HEIF",
     ".heif": "HEIF",
+    ".hif": "HEIF",
+    ".jp2": "JPEG2000",
+    ".j2k": "JPEG2000",
+    ".jpx": "JPEG2000",
+    ".jpf": "JPEG2000",
     ".gif": "GIF",
 }
 
@@ -134,6 +144,38 @@ def test_every_suffix_in_any_case_is_found_and_sorted_by_name(tmp_path):
         assert_close(photo.pixels[:, 4, 4].tolist(), RED)
 
 
+@pytest.mark.parametrize("file_format", [*READ, "MPO"])
+def test_contents_decide_and_not_the_suffix(tmp_path, file_format):
+    data = encoded(plain("RGB", REDDISH), file_format)
+    for name in ("photo.jpg", "photo.png"):
+        (tmp_path / name).write_bytes(data)
+    for photo in load_photos(tmp_path, 8):
+        assert_close(photo.pixels[:, 4, 4].tolist(), REDDISH)
+
+
+@pytest.mark.parametrize("file_format", ["AVIF", "HEIF"])
+def test_a_brand_that_two_formats_share_is_read(file_format):
+    data = encoded(plain("RGB", REDDISH), file_format)
+    assert data[4:8] == b"ftyp"
+    assert_close(decode(data[:8] + b"mif1" + data[12:], "x").getpixel((0, 0)), REDDISH)
+
+
+@pytest.mark.parametrize("suffix", UNREAD)
+def test_photos_that_are_not_read_are_refused_by_name(tmp_path, suffix):
+    for name in (f"IMG_1{suffix.upper()}", "IMG_2.jpg", f".hidden{suffix}"):
+        (tmp_path / name).touch()
+    for source in (tmp_path, tmp_path / f"IMG_1{suffix.upper()}"):
+        with pytest.raises(InputError, match=rf"^not read: IMG_1{suffix.upper()} \(.*\): export such a photo as PNG"):
+            find_photos(source)
+
+
+def test_a_raw_file_beside_its_jpeg_is_skipped_with_a_warning(tmp_path):
+    for name in ("IMG_1.CR2", "img_1.jpg"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"^skipped, as no photos: IMG_1\.CR2$"):
+        assert find_photos(tmp_path) == [tmp_path / "img_1.jpg"]
+
+
 def test_one_file_is_found(tmp_path, monkeypatch):
     (tmp_path / "me.JPG").touch()
     (tmp_path / "notes.txt").touch()
@@ -218,6 +260,7 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, method, named, erro
         ("WEBP", {}),
         ("TIFF", {}),
         ("TIFF", {"compression": "tiff_lzw"}),
+        ("AVIF", {}),
         ("HEIF", {}),
     ],
 )
@@ -337,6 +380,15 @@ KINDS: dict[str, tuple[Image.Image, str, dict[str, Any], Sequence[tuple[int, ...
     ),
     "first of tiff": (row(RED), "TIFF", {"save_all": True, "append_images": [row(BLUE)]}, [RED]),
     "first of mpo": (plain("RGB", RED), "MPO", {"save_all": True, "append_images": [plain("RGB", BLUE)]}, [RED]),
+    "RGBA avif": (plain("RGBA", (*RED, 0)), "AVIF", {}, [WHITE]),
+    "RGBA jpeg 2000": (row((*RED, 255), (*RED, 0), mode="RGBA"), "JPEG2000", {}, [RED, WHITE]),
+    "L jpeg 2000": (row(0, 100, 255, mode="L"), "JPEG2000", {}, GREYS),
+    "16-bit jpeg 2000": (deep(np.uint16), "JPEG2000", {}, GREYS),
+    "RGB jpeg 2000": (row(REDDISH, GREENISH), "JPEG2000", {"no_jp2": True}, [REDDISH, GREENISH]),
+    "L ppm": (row(0, 100, 255, mode="L"), "PPM", {}, GREYS),
+    "16-bit ppm": (Image.fromarray(DEEP.astype(np.int32)), "PPM", {}, GREYS),
+    "RGBA qoi": (row((*RED, 255), (*RED, 0), mode="RGBA"), "QOI", {}, [RED, WHITE]),
+    "first of avif": (plain("RGB", RED), "AVIF", {"save_all": True, "append_images": [plain("RGB", BLUE)]}, [RED]),
     "first of heic": (plain("RGB", RED), "HEIF", {"save_all": True, "append_images": [plain("RGB", BLUE)]}, [RED]),
 }
 
@@ -367,6 +419,7 @@ MID_GREY = deep(np.uint16, np.full((2, 2), 128 * 257))
         (plain("RGB", REDDISH), "WEBP", swapped_rgb, GREENISH),
         (plain("RGB", REDDISH), "TIFF", swapped_rgb, GREENISH),
         (plain("RGB", REDDISH), "HEIF", swapped_rgb, GREENISH),
+        (plain("RGB", REDDISH), "AVIF", swapped_rgb, GREENISH),
         (plain("RGBA", (*REDDISH, 255)), "PNG", swapped_rgb, GREENISH),
         (plain("RGBA", (*REDDISH, 0)), "PNG", swapped_rgb, WHITE),
         (palette(REDDISH), "PNG", swapped_rgb, GREENISH),
@@ -414,8 +467,13 @@ TRUNCATED: dict[str, tuple[str, dict[str, Any]]] = {
     "lzw tiff": ("TIFF", {"compression": "tiff_lzw"}),
     "gif": ("GIF", {}),
     "heic": ("HEIF", {}),
+    "avif": ("AVIF", {}),
+    "jpeg 2000": ("JPEG2000", {}),
+    "jpeg 2000 stream": ("JPEG2000", {"no_jp2": True}),
+    "ppm": ("PPM", {}),
+    "qoi": ("QOI", {}),
 }
-IMAGE_ANEW = "cannot be decoded: it is truncated or no image; remove it or save it anew"
+IMAGE_ANEW = "cannot be decoded: it is truncated or damaged; remove it or save it anew"
 
 
 @pytest.mark.parametrize("kind", TRUNCATED)
@@ -435,13 +493,48 @@ def png_head(width, height):
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + checksum + bytes(4) + b"IDAT"
 
 
+def dng(tag, value):
+    """A TIFF whose first picture says in a tag that it is not the photo."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[tag] = value
+    return encoded(plain("RGB", RED), "TIFF", tiffinfo=tags)
+
+
+UNREAD_FORMAT = "cannot be decoded: its format {} is not read: save it as PNG or JPEG"
+OTHERS = [
+    ("EPS", encoded(plain("RGB", RED), "EPS")),  # Pillow could: it would start Ghostscript
+    ("PDF", b"%PDF-1.7\n"),
+    ("PSD", b"8BPS\0\1" + bytes(20)),
+    ("ICO", encoded(plain("RGB", RED), "ICO")),
+    ("WMF", b"\xd7\xcd\xc6\x9a" + bytes(20)),
+    ("SVG", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    ("SVG", b"<?xml version='1.0'?>\n<!-- made by hand -->\n<svg/>"),
+    ("JPEG XL", b"\xff\n\xfa\x1f"),
+    ("JPEG XL", b"\0\0\0\x0cJXL \r\n\x87\n"),
+    ("camera raw", b"II*\0\x10\0\0\0CR\2\0"),
+    ("camera raw", b"\0\0\0\x18ftypcrx \0\0\0\1"),
+    ("camera raw", b"FUJIFILMCCD-RAW 0201"),
+    (r"MP4 or QuickTime \(a film\)", b"\0\0\0\x18ftypmp42" + bytes(20)),
+    (r"MP4 or QuickTime \(a film\)", b"\0\0\0\x14ftypqt  " + bytes(20)),
+]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"", "cannot be decoded: it is empty; remove it or save it anew"),
-        (b"hello", IMAGE_ANEW),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", IMAGE_ANEW),
-        (encoded(plain("RGB", RED), "PPM"), IMAGE_ANEW),  # Pillow could, but so it could start Ghostscript
+        (b"hello", "cannot be decoded: it is no image: it begins with hello; remove it or save it anew"),
+        (
+            b"<!doctype html>\n<html>" + 5000 * "ä".encode(),
+            ".* it is no image: it begins with <!doctype html> <html>ä.*",
+        ),
+        (b"\xef\xbb\xbf{}\r\n{}", r".* it is no image: it begins with \{\} \{\}; remove it .*"),
+        (b"ab", ".* unknown format: it begins with the bytes 61 62; save it as PNG or JPEG"),
+        (b"\0\1\2\3\4\5\6\7\x08", ".* unknown format: it begins with the bytes 00 01 02 03 04 05 06 07; save .*"),
+        (b"gr\xfcn", ".* unknown format: it begins with the bytes 67 72 fc 6e; save .*"),
+        *((beginning, UNREAD_FORMAT.format(kind)) for kind, beginning in OTHERS),
+        (dng(50706, 0x01040000), UNREAD_FORMAT.format("camera raw")),
+        (dng(254, 1), UNREAD_FORMAT.format("camera raw")),  # NEF, ARW and others begin with a thumbnail
         (png_head(10, 10), IMAGE_ANEW),
         (png_head(20000, 10000), r"is too large .* exceeds limit of 178956970 pixels; scale it down"),
         (encoded(deep(np.float32), "TIFF"), "has floating-point pixels, .*; save it with 8 bits"),
@@ -455,7 +548,27 @@ def test_what_is_no_usable_image_is_named_with_the_fix(tmp_path, data, message):
         load_photos(tmp_path, 8)
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "HEIF", "GIF", "BMP"])
+def test_a_tiff_of_several_pages_is_no_raw_file():
+    assert decode(dng(254, 2), "x").getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize(("file_format", "part"), [("AVIF", "avif"), ("JPEG2000", "jpg_2000")])
+def test_a_pillow_without_a_decoder_is_what_is_blamed(monkeypatch, file_format, part):
+    data, check = encoded(plain("RGB", RED), file_format), features.check
+    monkeypatch.setattr(features, "check", lambda name: False if name == part else check(name))
+    monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
+    monkeypatch.setattr(Image, "_getdecoder", raising_no_decoder)
+    with pytest.raises(
+        InputError, match=rf"^x cannot be decoded: the installed Pillow was built without {file_format}: "
+    ):
+        decode(data, "x")
+
+
+def raising_no_decoder(mode, decoder_name, args, extra=()):
+    raise OSError(f"decoder {decoder_name} not available")
+
+
+@pytest.mark.parametrize("file_format", [*READ])
 def test_large_photos_are_decoded_silently_up_to_the_hard_limit(monkeypatch, file_format):
     data = encoded(noise(80, 60), file_format)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80 * 60 // 2)  # Pillow warns from here, and refuses from twice it
