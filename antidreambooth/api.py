@@ -33,7 +33,7 @@ def cloak(
     budget: float = 8.0,
     *,
     clean_images: Sequence[Image.Image] | None = None,
-    ensemble: Sequence[Named] = (),
+    ensemble: Named | Sequence[Named] = (),
     settings: Settings | None = None,
     seed: int = 0,
     rounds: int | None = None,
