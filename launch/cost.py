@@ -69,7 +69,7 @@ def footprint_of_cloak(settings: Namespace, parse: Parse, keep_models: bool = Fa
         InputError: this is no cloaking run, or its base model cannot be found.
     """
     backbones, model, rounds = attacked(settings), settings.model.init_args, settings.trainer.max_epochs or 0
-    side = resolution_of(backbones[0], model.resolution)
+    side = side_of(model)
     picture = picture_of(side)
     progress = rounds // every if (every := callback(settings, "CloakedPhotos").get("every_n_epochs")) else 0
     samples, grids = callback(settings, "SampleGrid"), 0
@@ -104,7 +104,7 @@ def footprint_of_victim(settings: Namespace, trained: bool = True, keep_models: 
     if model is None or "generation" not in model:
         raise InputError("a victim is the config file of a model that is trained on photos (configs/dreambooth.yaml)")
     source = backbones_of(model)[0]
-    side = resolution_of(source, model.resolution)
+    side = side_of(model)
     picture = picture_of(side)
     drawn = 3 * len(model.generation.prompts) * model.generation.images * picture  # images, grid.png, TensorBoard
     if not trained:
@@ -188,6 +188,15 @@ def count_photos(folder: Path) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return len(find_photos(folder))
+
+
+def side_of(model: Namespace) -> int:
+    """The side of a run's pictures, in pixels."""
+    first, *others = backbones_of(model)
+    side = resolution_of(first, model.resolution)
+    for other in others:
+        resolution_of(other, side)  # what is wrong with it ends here, too
+    return side
 
 
 def picture_of(side: int) -> int:

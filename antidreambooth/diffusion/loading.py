@@ -25,7 +25,7 @@ from antidreambooth.diffusion.families.stable_diffusion import NETWORKS, OTHERS,
 from antidreambooth.diffusion.integrity import faults
 from antidreambooth.diffusion.precision import made_on_cpu
 from antidreambooth.diffusion.source import Named, Source, download_command, locate
-from antidreambooth.errors import InputError, causes, first_line
+from antidreambooth.errors import InputError, OutOfRangeError, causes, first_line
 
 LOADING: tuple[type[BaseException], ...] = (  # what diffusers and transformers raise for a model that they cannot load
     OSError,  # a file is missing, unreadable or no JSON; the network is dead; the cache cannot be written
@@ -108,10 +108,8 @@ def resolution_of(named: Named, wanted: int | None = None) -> int:
     if wanted < least or wanted % step:
         below = wanted // step * step
         usable = " or ".join(str(side) for side in (below, below + step) if side >= least) or least
-        raise InputError(
-            f"--model.resolution {wanted} cannot be used: {source} takes images of {least} pixels or more, in "
-            f"multiples of {step}, such as {usable}"
-        )
+        allowed = f"{least} or more and a multiple of {step} pixels for the backbone {source}, such as {usable}"
+        raise OutOfRangeError("resolution", wanted, allowed)
     return wanted
 
 

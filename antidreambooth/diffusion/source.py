@@ -36,7 +36,7 @@ class Source:
     variant: str | None = None
 
     @classmethod
-    def of(cls, named: Named) -> Source:
+    def of(cls, named: object) -> Source:
         """What a name stands for.
 
         Raises:

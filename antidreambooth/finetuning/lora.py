@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,8 +56,7 @@ class LoRA(Adaptation):
         if train_text_encoder:
             parts.append((backbone.text_encoder, self.text_targets))
         for part, targets in parts:
-            names = [name for name, _ in part.named_modules()]
-            missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+            missing = [target for target in targets if not _matching(part, [target])]
             if missing:
                 raise InputError(f"the {type(part).__name__} has no layers {', '.join(missing)} for a LoRA to change")
             alpha = self.rank if self.alpha is None else self.alpha
@@ -94,7 +94,8 @@ class LoRA(Adaptation):
 
     def load(self, backbone: Backbone, folder: Path) -> None:
         """Adds the trained updates."""
-        with explained(folder), quiet():
+        with explained(folder), quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*inconsistency was discovered between the PEFT config.*")  # ours to say
             state, _, metadata = StableDiffusionPipeline.lora_state_dict(
                 folder, weight_name=FILE, return_lora_metadata=True
             )
@@ -104,8 +105,14 @@ class LoRA(Adaptation):
             _require_whole(backbone, state, metadata or {})
 
 
+def _matching(network: nn.Module, targets: list[str]) -> list[str]:
+    """The layers that peft changes for some targets."""
+    names = [name for name, _ in network.named_modules()]
+    return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
+
+
 def _require_whole(backbone: Backbone, state: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
-    """Refuses a file with too few or too many updates: peft starts what is missing anew, at random.
+    """Refuses a file with too few or too many updates: peft starts a matrix anew that is missing, and skips a layer.
 
     Args:
         backbone: with the updates that the file's metadata, or (in files of others) its weights ask for.
@@ -119,6 +126,9 @@ def _require_whole(backbone: Backbone, state: Mapping[str, Tensor], metadata: Ma
         if adapters := [*getattr(network, "peft_config", {})]:
             updates = get_peft_model_state_dict(network, adapter_name=adapters[-1], save_embedding_layers=False)
             wanted |= {f"{part}.{name}" for name in updates}
+            targets = metadata.get(f"{part}.target_modules")
+            layers = _matching(network, targets) if isinstance(targets, list) else []  # in files of others a pattern
+            wanted |= {f"{part}.{layer}.lora_{matrix}.weight" for layer in layers for matrix in NEW_NAMES.values()}
         elif part in asked:
             raise InputError(f"{FILE} lacks all weights of the {part}")
     there = {OLD_NAMES.sub(lambda match: f".lora_{NEW_NAMES[match[1]]}.", name) for name in state}

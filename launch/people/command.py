@@ -16,10 +16,10 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from antidreambooth.diffusion.loading import read_defaults, resolution_of
+from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.errors import InputError
 from antidreambooth.files import locked, to_json, write_atomically
-from launch.cost import attacked
+from launch.cost import attacked, side_of
 from launch.flags import named
 from launch.help import PEOPLE, USAGE, Help
 from launch.jobs import workers_of
@@ -46,10 +46,8 @@ def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
         work(tasks, options.share, job.logs)
         return
     settings = parse(command(job.protection, {}))  # a wrong flag ends here, and not once for each person
-    sources, model = attacked(settings), settings.model.init_args
-    side = resolution_of(sources[0], model.resolution)
-    for source in sources[1:]:
-        resolution_of(source, side)  # what is wrong with a model ends here, too
+    sources = attacked(settings)
+    side_of(settings.model.init_args)  # what is wrong with a base model ends here, too
     for terms in dict.fromkeys(read_defaults(source).notice for source in sources):
         if terms:
             print(terms, flush=True)
