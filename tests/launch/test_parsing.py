@@ -43,6 +43,6 @@ def test_so_are_the_other_commands(command, capsys):
 @pytest.mark.parametrize("value", ["null", ""])
 def test_a_run_without_a_folder_is_refused(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="--trainer.default_root_dir is empty: name a folder"):
+    with pytest.raises(SystemExit, match=r"--trainer\.default_root_dir is empty: name a folder"):
         main(["fit", f"--config={ROOT / 'configs' / 'aspl.yaml'}", f"--trainer.default_root_dir={value}"])
     assert not list(tmp_path.iterdir())
