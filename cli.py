@@ -29,7 +29,9 @@ from antidreambooth.errors import DEBUG, InputError, causes, first_line
 from launch.flags import named, require_numbers
 from launch.fsmg_surrogates import train_surrogates
 from launch.help import FIT, TEST, USAGE, WELCOME, Help
+from launch.parsing import OneLineOfLightning
 from launch.people.command import people
+from launch.runs import backbones_of
 from launch.verdict.command import verdict
 from lightning_modules import FSMG
 from lightning_modules.backbone_module import BackboneModule
@@ -86,10 +88,12 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also shows the terms of a model that has some, before anything else."""
         super().parse_arguments(parser, args)
+        if not self.config[self.config.subcommand].trainer.default_root_dir:
+            raise InputError("--trainer.default_root_dir is empty: name a folder for what the run writes")
         require_numbers(self.config[self.config.subcommand])
         arguments = self.config.get(f"{self.config.subcommand}.model.init_args") or Namespace()
-        for backbone in (arguments.get("backbone"), *(arguments.get("ensemble.backbones") or [])):
-            if backbone is not None and (notice := read_defaults(backbone).notice):
+        for source in backbones_of(arguments):
+            if notice := read_defaults(source).notice:
                 show(notice)
 
     def before_instantiate_classes(self) -> None:
@@ -258,6 +262,7 @@ def one_run(args: ArgsType, command_line: type[CommandLine] = CommandLine) -> No
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
+            parser_class=OneLineOfLightning,
             trainer_defaults=TRAINER,
             parser_kwargs={
                 "formatter_class": Help,

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.families.stable_diffusion import StableDiffusion
-from antidreambooth.diffusion.loading import EMBEDDED
+from antidreambooth.diffusion.source import EMBEDDED
 
 LENGTH = 77  # of a prompt, in tokens
 

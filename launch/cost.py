@@ -17,9 +17,10 @@ from jsonargparse import Namespace
 from antidreambooth.diffusion.class_images import cache_folder
 from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.loading import bytes_of_networks, read_defaults, resolution_of
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import find_photos
-from launch.runs import Parse, command
+from launch.runs import Parse, backbones_of, command
 
 TRAINED = ("unet", "text_encoder")  # the networks that full fine-tuning changes
 
@@ -37,7 +38,7 @@ class Footprint(NamedTuple):
     photo: int
     run: int
     weights: int
-    class_images: Mapping[tuple[str, str, int], int]
+    class_images: Mapping[tuple[Source, str, int], int]
 
 
 class Kind(NamedTuple):
@@ -74,9 +75,9 @@ def footprint_of_cloak(settings: Namespace, parse: Parse, keep_models: bool = Fa
     samples, grids = callback(settings, "SampleGrid"), 0
     if every := samples.get("every_n_epochs"):
         grids = rounds // every * len(samples["prompts"]) * samples["count"]
-    sizes = [bytes_of_networks(name, revision) for name, revision in backbones]
+    sizes = [bytes_of_networks(source) for source in backbones]
     surrogate, kept, weights = model.get("surrogate"), 0, 0
-    drawn: dict[tuple[str, str, int], int] = {}
+    drawn: dict[tuple[Source, str, int], int] = {}
     if isinstance(surrogate, str):  # FSMG: a model is trained before the attack
         trained = sum(sum(size.values()) for size in sizes)
         kept, weights = (trained, 0) if keep_models else (0, trained)
@@ -102,19 +103,20 @@ def footprint_of_victim(settings: Namespace, trained: bool = True, keep_models: 
     model = settings.model.get("init_args")
     if model is None or "generation" not in model:
         raise InputError("a victim is the config file of a model that is trained on photos (configs/dreambooth.yaml)")
+    source = backbones_of(model)[0]
     side = side_of(model)
     picture = picture_of(side)
     drawn = 3 * len(model.generation.prompts) * model.generation.images * picture  # images, grid.png, TensorBoard
     if not trained:
         return Footprint(0, drawn, 0, {})
-    whole = sum(bytes_of_networks(model.backbone, model.revision).values()) if learns_whole(model) else 0
+    whole = sum(bytes_of_networks(source).values()) if learns_whole(model) else 0
     kept, weights = (whole, 0) if keep_models else (0, whole)
-    images = class_images(model.training, [(model.backbone, model.revision)], side)
+    images = class_images(model.training, [source], side)
     return Footprint(picture, drawn + kept, weights, images)
 
 
-def attacked(settings: Namespace) -> list[tuple[str, str | None]]:
-    """Names and revisions of the base models that a cloaking run attacks.
+def attacked(settings: Namespace) -> list[Source]:
+    """The base models that a cloaking run attacks.
 
     Raises:
         InputError: this is no cloaking run.
@@ -122,7 +124,7 @@ def attacked(settings: Namespace) -> list[tuple[str, str | None]]:
     model = settings.model.get("init_args")
     if model is None or "budget" not in model:
         raise InputError("--protection is the config file of a cloaking run, such as configs/aspl.yaml")
-    return [(model.backbone, model.revision), *((name, None) for name in model.ensemble.backbones)]
+    return backbones_of(model)
 
 
 def time_line(phases: Sequence[Sequence[Kind]], workers: int) -> str:
@@ -156,7 +158,7 @@ def disk_line(root: Path, phases: Sequence[Sequence[Kind]], workers: int) -> str
         phases: follow each other; the runs in a phase are shared out over the workers.
         workers: runs at a time.
     """
-    stay, weights, images = 0, 0, dict[tuple[str, str, int], int]()
+    stay, weights, images = 0, 0, dict[tuple[Source, str, int], int]()
     for kinds in phases:
         for _, photos, _, footprint in kinds:
             if photos and isinstance(footprint, Footprint):
@@ -190,7 +192,11 @@ def count_photos(folder: Path) -> int:
 
 def side_of(model: Namespace) -> int:
     """The side of a run's pictures, in pixels."""
-    return int(resolution_of(model.backbone, model.revision) if model.resolution is None else model.resolution)
+    first, *others = backbones_of(model)
+    side = resolution_of(first, model.resolution)
+    for other in others:
+        resolution_of(other, side)  # what is wrong with it ends here, too
+    return side
 
 
 def picture_of(side: int) -> int:
@@ -213,16 +219,14 @@ def learns_whole(model: Namespace) -> bool:
     return adaptation is None or adaptation.class_path.rpartition(".")[2] == "Full"
 
 
-def class_images(
-    training: Namespace, backbones: Sequence[tuple[str, str | None]], side: int
-) -> dict[tuple[str, str, int], int]:
+def class_images(training: Namespace, backbones: Sequence[Source], side: int) -> dict[tuple[Source, str, int], int]:
     """Bytes of the class images for prior preservation, if there is any, by what is drawn."""
     found = {}
-    for name, _ in backbones:
-        prior, defaults = training.prior, read_defaults(name)
+    for source in backbones:
+        prior, defaults = training.prior, read_defaults(source)
         if given(prior.weight, defaults.prior_weight):
             prompt = given(prior.class_prompt, defaults.class_prompt)
-            found[name, prompt, side] = prior.images * picture_of(side)
+            found[source, prompt, side] = prior.images * picture_of(side)
     return found
 
 

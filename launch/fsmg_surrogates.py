@@ -13,6 +13,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.files import write_json
 from antidreambooth.finetuning.full import Full
@@ -39,9 +40,11 @@ def train_surrogates(module: FSMG, config: Namespace, fit: Fit, overwrite: bool)
     if not is_config(victim) or not Path(located(victim)).is_file():
         raise InputError(f"--model.surrogate {wanted.surrogate!r} is no config file of a victim (configs/), nor null")
     photos, root = data.clean_photos or data.photos, Path(trainer.default_root_dir or ".").expanduser()
-    for backbone in [wanted.backbone, *wanted.ensemble.backbones]:
-        own = {"revision": wanted.revision, "variant": wanted.variant} if backbone == wanted.backbone else {}
-        model = {"backbone": backbone, "resolution": module.resolution, **own}
+    first = module.source
+    for source in [first, *Source.several(wanted.ensemble.backbones)]:
+        # What older runs have recorded: of the first model also what was not given.
+        own = {"revision": first.revision, "variant": first.variant} if source == first else {}
+        model = {"backbone": source.name, "resolution": module.resolution, **own, **source.given}
         settings = {
             "victim": wanted.surrogate,
             "model": model,
@@ -49,7 +52,7 @@ def train_surrogates(module: FSMG, config: Namespace, fit: Fit, overwrite: bool)
             "seed": config.seed_everything,
             "precision": str(trainer.precision),
         }
-        folder = surrogate_folder(root, backbone)
+        folder = surrogate_folder(root, source)
         try:
             if finished(folder / "surrogate.json", settings):
                 continue

@@ -16,6 +16,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.files import write_json
 from antidreambooth.photos.decoding import find_photos, load_photos
@@ -69,6 +70,25 @@ def command(how: str, given: dict[str, Any]) -> list[str]:
     """The command line of a fit: the config file, then the given flags, then the config file's own flags."""
     config, *flags = shlex.split(how) or [""]
     return ["fit", f"--config={located(config)}", *(f"--{name}={value}" for name, value in given.items()), *flags]
+
+
+def backbones_of(model: Namespace) -> list[Source]:
+    """The base models that the settings of a module name, the first one first; none for a module without any."""
+    if model.get("backbone") is None:
+        return []
+    others = model.get("ensemble.backbones") or []
+    named = [Source(**vars(other)) if isinstance(other, Namespace) else other for other in others]
+    return Source.several([Source(model.backbone, model.get("revision"), model.get("variant")), *named])
+
+
+def of_base_model(source: Source, how: str) -> dict[str, str]:
+    """Names and values of the flags by which a run is given a base model, beside a config file and its own flags.
+
+    A run that names another model by its own flags gets no revision and no variant: they are of this one.
+    """
+    own = any(word.partition("=")[0] == "--model.backbone" for word in shlex.split(how))
+    given = {"backbone": source.name} if own else source.given
+    return {f"model.{name}": value for name, value in given.items()}
 
 
 def passes_of(root: Path) -> dict[str, int]:

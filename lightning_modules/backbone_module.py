@@ -16,6 +16,7 @@ from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.loading import load_backbone, resolution_of
 from antidreambooth.diffusion.reuse import remembered
 from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.dreambooth import PriorPreservation
 from antidreambooth.photos.decoding import to_float
@@ -50,7 +51,8 @@ class BackboneModule(LightningModule):
         super().__init__()
         require("resolution", resolution, 1, unit="in pixels")
         self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
-        self.resolution = resolution_of(backbone, revision) if resolution is None else resolution
+        self.source = Source(backbone, revision, variant)
+        self.resolution = resolution_of(self.source, resolution)
         self.preemption = Preemption()
 
     def setup(self, stage: str) -> None:
@@ -88,29 +90,24 @@ class BackboneModule(LightningModule):
         self.preemption.disarm()
 
     @property
-    def sources(self) -> list[str]:
+    def sources(self) -> list[Source]:
         """The base models that are loaded; one, here."""
-        return [self.hparams.backbone]
+        return [self.source]
 
     @property
     def backbones(self) -> list[Backbone]:
         """The base models, as loaded."""
         return [self.backbone]
 
-    def load(self, name: str) -> tuple[Backbone, str]:
-        """A base model, on the device, and its fingerprint; both are made once for several runs of a process.
-
-        Revision and variant belong to the one that ``backbone`` names.
-        """
-        own = name == self.hparams.backbone
-        chosen = (self.hparams.revision, self.hparams.variant) if own else (None, None)
+    def load(self, source: Source) -> tuple[Backbone, str]:
+        """A base model, on the device, and its fingerprint; both are made once for several runs of a process."""
 
         def loaded() -> tuple[Backbone, str]:
-            backbone = load_backbone(name, *chosen)
+            backbone = load_backbone(source)
             return backbone, backbone.fingerprint()
 
-        alone = Path(name).is_relative_to(self.trainer.default_root_dir)  # trained for this run, of no use to another
-        backbone, fingerprint = loaded() if alone else remembered(lambda: (name, *chosen), loaded)
+        alone = Path(source.name).is_relative_to(self.trainer.default_root_dir)  # trained for this run
+        backbone, fingerprint = loaded() if alone else remembered(lambda: source, loaded)
         return backbone.to(self.place), fingerprint
 
     @property

@@ -18,8 +18,9 @@ from antidreambooth.attack.rounds import Outcome, Photos, alternate, require_vit
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
-from antidreambooth.diffusion.loading import locate
+from antidreambooth.diffusion.loading import resolution_of
 from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.weights import Weights
@@ -32,12 +33,13 @@ class Ensemble:
     """Further base models to attack beside the first (arXiv:2303.15433, Section 4: ensemble-based variants).
 
     Args:
-        backbones: ``embedded``, folders in diffusers layout, or hub ids.
+        backbones: ``embedded``, folders in diffusers layout, or hub ids; for a revision or a variant of the weights
+            {name: NAME, revision: REVISION, variant: VARIANT} instead of a name.
         offload: whether from the first round on only the one at work is on the device, and the others rest in main
             memory; for a single process.
     """
 
-    backbones: list[str] = field(default_factory=list)
+    backbones: list[str | Source] = field(default_factory=list)
     offload: bool = False
 
 
@@ -84,8 +86,8 @@ class Cloaking(BackboneModule):
         ensemble: Ensemble = Ensemble(),
     ) -> None:
         super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
-        for name in ensemble.backbones:
-            locate(name)  # a wrong one is found before the others are loaded, or trained on
+        for source in Source.several(ensemble.backbones):
+            resolution_of(source, self.resolution)  # a wrong one is found before the others are loaded, or trained on
         self.save_hyperparameters(logger=False)  # a subclass's own, too
         self.automatic_optimization = False
         settings = Settings(
@@ -106,9 +108,9 @@ class Cloaking(BackboneModule):
         self.rounds = 0  # after the last one in this process; Lightning counts an epoch only after all hooks
 
     @property
-    def sources(self) -> list[str]:
+    def sources(self) -> list[Source]:
         """The base models, the first one first."""
-        return [self.hparams.backbone, *self.hparams.ensemble.backbones]
+        return [self.source, *Source.several(self.hparams.ensemble.backbones)]
 
     @property
     def backbones(self) -> list[Backbone]:
@@ -134,7 +136,7 @@ class Cloaking(BackboneModule):
         super().build()
         photos = len(self.trainer.datamodule.photos)  # type: ignore[attr-defined]
         self.perturbation = torch.zeros(photos, 3, self.resolution, self.resolution, device=self.place)
-        others = [self.load(name) for name in self.sources[1:]]
+        others = [self.load(source) for source in self.sources[1:]]
         self.others = nn.ModuleList(backbone for backbone, _ in others)
         self.fingerprints = [fingerprint for _, fingerprint in others]
         self.memory = self._remembered([self.attack.rule.begin(self.perturbation) for _ in self.backbones])

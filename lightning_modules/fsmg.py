@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from antidreambooth.attack.methods import METHODS, Method, Settings
 from antidreambooth.attack.rounds import Photos
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.finetuning.full import Full
@@ -52,12 +53,12 @@ class FSMG(Cloaking):
         self.clock = nn.Parameter(torch.zeros(()))
 
     @property
-    def sources(self) -> list[str]:
+    def sources(self) -> list[Source]:
         """The surrogates that were trained on the base models, or the base models."""
         if self.hparams.surrogate is None:
             return super().sources
         root = Path(self.trainer.default_root_dir)
-        return [str(surrogate_folder(root, name) / Full.folder) for name in super().sources]
+        return [Source(str(surrogate_folder(root, source) / Full.folder)) for source in super().sources]
 
     def method(self) -> Method:
         """FSMG, or AdvDM where nothing is trained; whatever its numbers."""
@@ -90,7 +91,7 @@ class FSMG(Cloaking):
             return [self.hparams.prompt] * len(self.sources)
         if self.hparams.surrogate is None:
             return None
-        files = [Path(source).parent / "manifest.json" for source in self.sources]
+        files = [Path(source.name).parent / "manifest.json" for source in self.sources]
         records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         return [record["settings"]["model"]["training"]["instance_prompt"] for record in records]
 
@@ -104,6 +105,6 @@ class FSMG(Cloaking):
         return {**super().effective(), "prompts": self.assembly.prompts}
 
 
-def surrogate_folder(root: Path, backbone: str) -> Path:
-    """Where the surrogate of a base model is trained."""
-    return root / "surrogates" / slug(backbone)
+def surrogate_folder(root: Path, source: Source) -> Path:
+    """Where the surrogate of a base model is trained; another revision or variant is another model."""
+    return root / "surrogates" / slug(str(source))

@@ -95,7 +95,7 @@ class Victim(Training):
     ) -> None:
         super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
         self.adaptation = adaptation or Full()
-        training = training.completed(read_defaults(backbone), self.adaptation.role)
+        training = training.completed(read_defaults(self.source), self.adaptation.role)
         prompt = self.adaptation.prompt(training.instance_prompt)
         self.training_settings = replace(training, instance_prompt=prompt)
         self.steps = self.training_settings.steps
@@ -165,7 +165,7 @@ class Victim(Training):
         if not sharded(self.trainer.strategy):
             return self.backbone
         weights = gathered(self.trainer.strategy, self.backbone)
-        whole = load_backbone(self.hparams.backbone, self.hparams.revision, self.hparams.variant)
+        whole = load_backbone(self.source)
         self.adaptation.apply(whole, self.training_settings, self.seed)
         whole.load_state_dict(weights, strict=False)
         return whole

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from antidreambooth.diffusion.backbone import Backbone
-from antidreambooth.diffusion.loading import EMBEDDED, load_backbone
+from antidreambooth.diffusion.loading import load_backbone
+from antidreambooth.diffusion.source import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 SURROGATE = (  # a victim of a few steps, which FSMG attacks

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,14 +22,16 @@ import antidreambooth
 from antidreambooth.attack.methods import METHODS, Settings
 from antidreambooth.attack.steps import Momentum, NormalizedL2
 from antidreambooth.attack.surrogates import Offloaded
+from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.loading import load_backbone
+from antidreambooth.diffusion.precision import usual_device
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
 from antidreambooth.finetuning.lora import LoRA
 from antidreambooth.photos.decoding import load_photos
 from antidreambooth.provenance import slug
-from cli import main, parsed, show
+from cli import device_of, main, parsed, show
 from lightning_modules.cloaking import Cloaking
 from tests.conftest import ROOT, SURROGATE
 from tests.helpers import files, manifest, pixels, refused, start, wait_for
@@ -189,7 +192,9 @@ def test_a_falling_step_size_knows_the_runs_end(command, tmp_path):
     ("able", "accelerator", "precision"),
     [(False, "cpu", "32-true"), (True, "cpu", "bf16-mixed"), (False, "auto", "32-true")],
 )
-def test_the_precision_is_what_the_device_that_runs_can(command, tmp_path, monkeypatch, capsys, able, accelerator, precision):
+def test_the_precision_is_what_the_device_that_runs_can(
+    command, tmp_path, monkeypatch, capsys, able, accelerator, precision
+):
     asked: list[torch.device] = []
 
     def computes_in_bf16(device):
@@ -490,7 +495,7 @@ def test_surrogates_that_cannot_be_are_refused(command, surrogate, message):
     ("flag", "message"),
     [
         ("--model.budget=0", "--model.budget is from 1 to 255 in 8-bit steps"),
-        ("--model.ensemble.backbones=[outputs/nowhere/model]", "'outputs/nowhere/model' is no folder here"),
+        ("--model.ensemble.backbones=[outputs/nowhere/model]", "'outputs/nowhere/model' is neither a folder"),
         ("--model.objective={class_path: Targeted, init_args: {target: nowhere}}", "'nowhere' is no picture"),
     ],
 )
@@ -593,7 +598,7 @@ def test_a_bad_folder_is_named(command, tmp_path, name, fix):
         ("--trainer.devices=0", "'0'"),
         ("--trainer.strategy=no_such", "--trainer.strategy is auto (one device), ddp"),
         ("--model.budget=0", "8-bit steps"),
-        ("--model.backbone=./nowhere", "no folder here"),
+        ("--model.backbone=./nowhere", "neither a folder"),
     ],
 )
 def test_impossible_settings_end_in_one_line(command, flag, message):

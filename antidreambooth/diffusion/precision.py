@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,6 +34,23 @@ def full_precision(device: torch.device) -> Iterator[None]:
         device: where the computation runs.
     """
     with torch.autocast(device.type, enabled=False), torch.autocast("cpu", enabled=False):
+        yield
+
+
+_ONE = threading.RLock()
+
+
+@contextmanager
+def unaffected(device: torch.device) -> Iterator[None]:
+    """Nothing that the caller has set for torch reaches what is computed inside; afterwards it is as it was.
+
+    Gradients are computed inside ``no_grad`` and ``inference_mode``, in fp32 inside ``autocast``, on the given device
+    under whatever default device and dtype. These belong to the process, not to a thread, so a second thread waits.
+
+    Args:
+        device: where the computation runs.
+    """
+    with _ONE, made_on_cpu(), torch.inference_mode(False), torch.enable_grad(), full_precision(device):
         yield
 
 

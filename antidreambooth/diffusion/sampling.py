@@ -65,10 +65,15 @@ def sample(
     """
     steps = given(steps, backbone.defaults.sampling_steps)
     require("sampling_steps", steps, 1, backbone.timesteps)
+    # Of no effect where latents are given; but the pipeline looks at the U-Net's sample_size where there is none, and
+    # wants multiples of 8.
+    side = 8 * noise.shape[-1]
     with evaluating(backbone):
         latents: Tensor = backbone.pipeline()(
             prompt=[prompt] * len(noise),
             latents=noise,
+            height=side,
+            width=side,
             guidance_scale=given(guidance_scale, backbone.defaults.guidance_scale),
             num_inference_steps=steps,
             output_type="latent",

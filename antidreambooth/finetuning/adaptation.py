@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from safetensors import SafetensorError
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults, Role, given
@@ -87,8 +88,9 @@ def explained(folder: Path) -> Iterator[None]:
     """Turns what is known to go wrong while a result is loaded into one message with the fix."""
     try:
         yield
-    except (InputError, OSError, ValueError, RuntimeError) as error:
-        # InputError: the loader's; OSError: a file is missing or damaged; ValueError: embeddings of another width.
+    except (InputError, OSError, SafetensorError, ValueError, RuntimeError) as error:
+        # InputError: the loader's or an adaptation's own; OSError: a file is missing or damaged; SafetensorError: it is
+        # cut; ValueError: embeddings of another width.
         # RuntimeError: weights of another shape, in the words of torch; any other one is a bug, or want of memory.
         if isinstance(error, RuntimeError) and not str(error).startswith("Error(s) in loading state_dict"):
             raise

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
@@ -11,8 +14,14 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.integrity import listed, unusable
+from antidreambooth.diffusion.loading import quiet
 from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.adaptation import Adaptation, explained
+
+FILE = "pytorch_lora_weights.safetensors"
+OLD_NAMES = re.compile(r"\.(?:lora|lora_linear_layer)\.(down|up)\.")  # diffusers' for peft's lora_A and lora_B
+NEW_NAMES = {"down": "A", "up": "B"}
 
 
 class LoRA(Adaptation):
@@ -47,8 +56,7 @@ class LoRA(Adaptation):
         if train_text_encoder:
             parts.append((backbone.text_encoder, self.text_targets))
         for part, targets in parts:
-            names = [name for name, _ in part.named_modules()]
-            missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+            missing = [target for target in targets if not _matching(part, [target])]
             if missing:
                 raise InputError(f"the {type(part).__name__} has no layers {', '.join(missing)} for a LoRA to change")
             alpha = self.rank if self.alpha is None else self.alpha
@@ -86,5 +94,45 @@ class LoRA(Adaptation):
 
     def load(self, backbone: Backbone, folder: Path) -> None:
         """Adds the trained updates."""
-        with explained(folder):
-            backbone.pipeline().load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+        with explained(folder), quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*inconsistency was discovered between the PEFT config.*")  # ours to say
+            state, _, metadata = StableDiffusionPipeline.lora_state_dict(
+                folder, weight_name=FILE, return_lora_metadata=True
+            )
+            if wrong := unusable(state):
+                raise InputError(f"{FILE} {wrong}")
+            backbone.pipeline().load_lora_weights(folder, weight_name=FILE)
+            _require_whole(backbone, state, metadata or {})
+
+
+def _matching(network: nn.Module, targets: list[str]) -> list[str]:
+    """The layers that peft changes for some targets."""
+    names = [name for name, _ in network.named_modules()]
+    return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
+
+
+def _require_whole(backbone: Backbone, state: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Refuses a file with too few or too many updates: peft starts a matrix anew that is missing, and skips a layer.
+
+    Args:
+        backbone: with the updates that the file's metadata, or (in files of others) its weights ask for.
+        state: the file's weights.
+        metadata: of the file; its keys start with the component that they are about.
+    """
+    asked = {name.partition(".")[0] for name in (*metadata, *state)}
+    wanted: set[str] = set()
+    for part in ("unet", "text_encoder"):
+        network = getattr(backbone, part)
+        if adapters := [*getattr(network, "peft_config", {})]:
+            updates = get_peft_model_state_dict(network, adapter_name=adapters[-1], save_embedding_layers=False)
+            wanted |= {f"{part}.{name}" for name in updates}
+            targets = metadata.get(f"{part}.target_modules")
+            layers = _matching(network, targets) if isinstance(targets, list) else []  # in files of others a pattern
+            wanted |= {f"{part}.{layer}.lora_{matrix}.weight" for layer in layers for matrix in NEW_NAMES.values()}
+        elif part in asked:
+            raise InputError(f"{FILE} lacks all weights of the {part}")
+    there = {OLD_NAMES.sub(lambda match: f".lora_{NEW_NAMES[match[1]]}.", name) for name in state}
+    if missing := sorted(wanted - there):
+        raise InputError(f"{FILE} lacks {listed(missing)}")
+    if left := sorted(there - wanted):
+        raise InputError(f"{FILE} holds what this model has no place for: {listed(left)}")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.integrity import unusable
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.adaptation import Adaptation, explained
 
@@ -65,6 +66,11 @@ class TextualInversion(Adaptation):
     def load(self, backbone: Backbone, folder: Path) -> None:
         """Adds the trained token."""
         with explained(folder):
+            found = load_file(folder / self.file)
+            if wrong := unusable(found):
+                raise InputError(f"{self.file} {wrong}")
+            if [*found] != [self.token]:  # the prompts would ask for a token that nobody has trained
+                raise InputError(f"{self.file} holds {', '.join(found) or 'nothing'}, not {self.token}")
             backbone.pipeline().load_textual_inversion(folder, weight_name=self.file)
 
 

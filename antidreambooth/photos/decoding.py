@@ -171,9 +171,18 @@ def to_float(pixels: UInt8[Tensor, "n 3 h w"]) -> Float32[Tensor, "n 3 h w"]:
     return pixels.float() / 127.5 - 1
 
 
-def _load(path: Path, resolution: int) -> Photo:
+def read(path: Path) -> bytes:
+    """A photo's file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     with _reading(path.name):
-        data = path.read_bytes()
+        return path.read_bytes()
+
+
+def _load(path: Path, resolution: int) -> Photo:
+    data = read(path)
     image = decode(data, path.name)
     pixels, box = square(image, resolution)
     return Photo(path, path.name, hashlib.sha256(data).hexdigest(), image.size, box, pixels)

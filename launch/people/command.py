@@ -19,10 +19,11 @@ from tqdm import tqdm
 from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.errors import InputError
 from antidreambooth.files import locked, to_json, write_atomically
-from launch.cost import attacked
+from launch.cost import attacked, side_of
 from launch.flags import named
 from launch.help import PEOPLE, USAGE, Help
 from launch.jobs import workers_of
+from launch.parsing import OneLine
 from launch.people.dry_run import State, plan
 from launch.people.folders import People
 from launch.runs import Fit, Parse, cloak_photos, command, finished
@@ -45,7 +46,9 @@ def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
         work(tasks, options.share, job.logs)
         return
     settings = parse(command(job.protection, {}))  # a wrong flag ends here, and not once for each person
-    for terms in dict.fromkeys(read_defaults(name).notice for name, _ in attacked(settings)):
+    sources = attacked(settings)
+    side_of(settings.model.init_args)  # what is wrong with a base model ends here, too
+    for terms in dict.fromkeys(read_defaults(source).notice for source in sources):
         if terms:
             print(terms, flush=True)
     changed = changed_since(job)
@@ -62,15 +65,13 @@ def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
             write_summary(job, found)
     if lost := [one for one in found if one.state != "done"]:
         reason = lost[0].error or "no worker got to it"
-        raise InputError(
-            f"{len(lost)} of {len(found)} people failed, the first: {lost[0].person}: {reason}; "
-            "run the same command again to retry"
-        )
+        again = "" if lost[0].person in changed else "; run the same command again to retry"
+        raise InputError(f"{len(lost)} of {len(found)} people failed, the first: {lost[0].person}: {reason}{again}")
 
 
 def parser() -> ArgumentParser:
     """The command's options."""
-    options = ArgumentParser(prog="cli.py people", description=PEOPLE, usage=USAGE["people"], formatter_class=Help)
+    options = OneLine(prog="cli.py people", description=PEOPLE, usage=USAGE["people"], formatter_class=Help)
     options.add_argument("-c", "--config", action="config", help="a file of these options, see configs/people.yaml")
     options.add_argument("--dry_run", action="store_true", help="print who is to be done, time and disk; write nothing")
     options.add_argument("--share", type=str | None, help="NUMBER/JOBS, given to the jobs that this starts")

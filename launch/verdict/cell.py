@@ -21,13 +21,14 @@ from antidreambooth.attack.perturbation import random_noise
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.loading import load_backbone, read_defaults, resolution_of
 from antidreambooth.diffusion.sampling import Generation
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.conditions import Condition, Scene
 from antidreambooth.files import write_json
 from antidreambooth.photos.decoding import find_photos, load_photos
 from antidreambooth.photos.delivery import cloaked_names, write_png
 from antidreambooth.provenance import describe, slug
-from launch.runs import Fit, cloak_photos, contents, finished, located
+from launch.runs import Fit, cloak_photos, contents, finished, located, of_base_model
 
 BASE = "base"  # the protection of the control, a base model that is trained on nobody
 CALLBACKS = '[{"class_path": "TrainedModel"}, {"class_path": "Likeness"}]'
@@ -78,7 +79,7 @@ class Cloak:
     folders: Person = field(compare=False)
     origin: Origin = field(compare=False)
     how: str = field(compare=False)
-    backbone: str = field(compare=False)
+    backbone: Source = field(compare=False)
     root: Path = field(compare=False)
     keep_models: bool = field(compare=False)
 
@@ -105,7 +106,7 @@ class Cloak:
             InputError: a photo cannot be decoded, or one that should be an original is cloaked.
         """
         return {
-            "backbone": self.backbone,
+            **self.backbone.given,
             "protection": self.how,
             "budget": self.budget,
             "seed": self.seed,
@@ -186,7 +187,7 @@ class Cell:
     def _words(self) -> list[str]:
         return [
             f"--config={located(shlex.split(self.how)[0])}",
-            f"--model.backbone={self.cloak.backbone}",
+            *(f"--{name}={value}" for name, value in of_base_model(self.cloak.backbone, self.how).items()),
             f"--seed_everything={self.seed}",
             f"--trainer.default_root_dir={self.record.parent}",
             f"--trainer.callbacks={CALLBACKS}",
@@ -201,7 +202,7 @@ class Cell:
 def make_cloak(cloak: Cloak, fit: Fit) -> None:
     """Cloaks a person's photos, or resumes an interrupted run; does nothing where the photos are cloaked already."""
     given = {
-        "model.backbone": cloak.backbone,
+        **of_base_model(cloak.backbone, cloak.how),
         "model.budget": cloak.budget,
         "data.photos": cloak.folders.photos,
         "data.clean_photos": cloak.folders.clean_photos,
@@ -284,6 +285,6 @@ def pixels(folder: str, side: int) -> Tensor:
 
 
 @cache
-def untouched(name: str) -> Backbone:
+def untouched(source: Source) -> Backbone:
     """The base model, loaded once for all cells of a worker."""
-    return load_backbone(name)
+    return load_backbone(source)

@@ -12,6 +12,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from antidreambooth.diffusion.loading import read_defaults
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.brisque import BRISQUE_MISSING, brisque_available
 from antidreambooth.evaluation.prose import paragraph
@@ -21,6 +22,7 @@ from antidreambooth.evaluation.results import read_results
 from antidreambooth.files import locked
 from launch.flags import named
 from launch.help import USAGE, VERDICT, Help
+from launch.parsing import OneLine
 from launch.runs import Fit, Parse, finished
 from launch.tasks import Task, failures, share_out, work
 from launch.verdict.cell import Cloak, Person, make_cloak, originals, protected, run_cell
@@ -62,7 +64,7 @@ def verdict(arguments: list[str], fit: Fit, parse: Parse) -> None:
 
 def parser() -> ArgumentParser:
     """The command's options: those of an experiment, and the short form for one's own photos."""
-    options = ArgumentParser(prog="cli.py verdict", description=VERDICT, usage=USAGE["verdict"], formatter_class=Help)
+    options = OneLine(prog="cli.py verdict", description=VERDICT, usage=USAGE["verdict"], formatter_class=Help)
     options.add_argument("-c", "--config", action="config", help="an experiment's file, see configs/verdict")
     options.add_argument("--photos", type=str | None, help="your cloaked photos: a verdict on these alone")
     options.add_argument("--clean_photos", type=str | None, help="for --photos: others of you, not cloaked")
@@ -137,7 +139,7 @@ def write_results(
         title=experiment.name,
         expected=len(wanted),
         failed=list(failed.items()),
-        notes=[*notes, *general_notes(experiment.backbone)],
+        notes=[*notes, *general_notes(experiment.source)],
         qualities=qualities,
     )
     if {cell.cloak.person for cell in tasks.cells} == {OWN}:
@@ -145,14 +147,14 @@ def write_results(
     print(f"the page: {page}; the table: {experiment.root / 'table.md'}", flush=True)
 
 
-def general_notes(backbone: str) -> list[str]:
+def general_notes(source: Source) -> list[str]:
     """What was left out or done in another way than the papers do."""
     notes = [
         text
         for there, text in ((lpips_available(), LPIPS_MISSING), (brisque_available(), BRISQUE_MISSING))
         if not there
     ]
-    if read_defaults(backbone).blurred_references:
+    if read_defaults(source).blurred_references:
         notes.append(
             "The person's clean photos are compared with as the base model's autoencoder shows them: it blurs so much "
             "that the verifier would turn away the photos themselves, and a victim can draw nothing sharper."

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from antidreambooth.errors import InputError
 from launch.cost import Footprint, Kind, count_photos, disk_line, footprint_of_cloak, footprint_of_victim, time_line
 from launch.jobs import Launcher, workers_of
-from launch.runs import Parse, command
+from launch.runs import Parse, command, of_base_model
 from launch.verdict.cell import Cell, Cloak
 from launch.verdict.experiment import Resolved
 
@@ -69,7 +69,7 @@ def run_of_cloak(cloak: Cloak, parse: Parse) -> Run:
     """A run that cloaks somebody's photos."""
 
     def footprint() -> Footprint:
-        settings = parse(command(cloak.how, {"model.backbone": cloak.backbone}))
+        settings = parse(command(cloak.how, of_base_model(cloak.backbone, cloak.how)))
         return footprint_of_cloak(settings, parse, cloak.keep_models)
 
     return Run(f"a cloak {cloak.protection}", cloak.record, cloak.source, footprint)

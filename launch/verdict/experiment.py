@@ -10,8 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from antidreambooth.diffusion.loading import resolution_of
 from antidreambooth.diffusion.sampling import Generation
 from antidreambooth.diffusion.seeding import require_seed
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.conditions import Condition
 from launch.jobs import Launcher
@@ -49,6 +51,8 @@ class Experiment:
         cloak_seeds: of the protections.
         victim_seeds: of the victims.
         backbone: base model of protections and victims.
+        revision: branch, tag or commit of it, if it is a hub id.
+        variant: variant of its weights' files, such as ``fp16``.
         generation: which pictures each victim is asked for.
         launcher: where it runs.
         keep_models: whether each victim's and fixed surrogate's weights are kept.
@@ -68,6 +72,8 @@ class Experiment:
     cloak_seeds: list[int] = field(default_factory=lambda: [0])
     victim_seeds: list[int] = field(default_factory=lambda: [0])
     backbone: str = "embedded"
+    revision: str | None = None
+    variant: str | None = None
     generation: Generation = field(default_factory=lambda: Generation(images=8))
     launcher: Launcher = field(default_factory=Launcher)
     keep_models: bool = False
@@ -80,6 +86,11 @@ class Experiment:
                 require_seed(name, seed)
         if self.people_names is not None and not self.people_names:
             raise InputError("--people_names is empty: leave it out for all people")
+
+    @property
+    def source(self) -> Source:
+        """The base model."""
+        return Source(self.backbone, self.revision, self.variant)
 
     @property
     def root(self) -> Path:
@@ -107,6 +118,7 @@ class Experiment:
                 raise InputError(f"{name} is empty: there is nothing to try")
         if BASE in self.protections:
             raise InputError(f"{BASE!r} is the name of the control that is always there: call that protection another")
+        resolution_of(self.source)  # what is wrong with it is found before anybody's photos are cloaked
         for name, how in self.protections.items():
             origin_of(name, how)
         for name, how in self.victims.items():
@@ -145,7 +157,7 @@ class Experiment:
                         folders=everyone[person],
                         origin=origins[protection],
                         how=self.protections[protection],
-                        backbone=self.backbone,
+                        backbone=self.source,
                         root=self.root,
                         keep_models=self.keep_models,
                     )
@@ -164,7 +176,7 @@ class Experiment:
     def _control(self, person: str, folders: Person) -> Cell:
         """The first victim without its training: the same faces and the same flags on the untouched base model."""
         return Cell(
-            Cloak(person, BASE, 0.0, 0, folders, "none", BASE, self.backbone, self.root, self.keep_models),
+            Cloak(person, BASE, 0.0, 0, folders, "none", BASE, self.source, self.root, self.keep_models),
             "nothing",
             "untrained",
             seed=0,

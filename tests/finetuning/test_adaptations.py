@@ -1,6 +1,7 @@
 """What a victim trains, and its files, which diffusers alone must be able to use."""
 
 import json
+import re
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -11,6 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.optim import AdamW
 
@@ -248,8 +250,8 @@ def test_a_full_result_is_a_backbone_with_the_same_defaults(backbone, tmp_path):
 def save_other_model(folder):
     """Twice as wide, hence of no use to the small one."""
     save_small_model(folder)
-    small_unet((32, 64), cross_attention_dim=24).save_pretrained(folder / "unet")
     text_encoder = load_backbone(str(folder)).text_encoder
+    small_unet((32, 64), cross_attention_dim=24).save_pretrained(folder / "unet")
     config = deepcopy(text_encoder.config)
     config.hidden_size = 24
     type(text_encoder)(config).save_pretrained(folder / "text_encoder")
@@ -274,7 +276,28 @@ def breakings():
         train(other, adaptation, False, steps=1)
         adaptation.save(other, folder)
 
-    return [missing, truncated, no_weights, another_architecture]
+    def changed(change):
+        def breaking(adaptation, folder, tmp_path):
+            file = max(folder.rglob("*.safetensors"))  # of a whole model: the autoencoder's
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata()
+            save_file(change(load_file(file)), file, metadata)
+
+        return breaking
+
+    def not_a_number(state):
+        return {name: values * (float("nan") if name == max(state) else 1) for name, values in state.items()}
+
+    def one_less(state):
+        return {name: values for name, values in state.items() if name != max(state)}
+
+    def one_more(state):
+        return {**state, "unet.nowhere.lora.up.weight": torch.ones(2)}
+
+    files = {change.__name__: changed(change) for change in (not_a_number, one_less, one_more)}
+    for name, breaking in files.items():
+        breaking.__name__ = name
+    return [missing, truncated, no_weights, another_architecture, *files.values()]
 
 
 @pytest.mark.parametrize("breaking", breakings(), ids=lambda f: f.__name__)
@@ -288,6 +311,31 @@ def test_a_result_that_cannot_be_used_is_named(backbone, small_model, tmp_path, 
     with pytest.raises(InputError, match=rf"{folder} holds no result.*run `fit`") as raised:
         adaptation.load(load_backbone(str(small_model)), folder)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("lost", [1, 2, 1000], ids=["one matrix", "a layer", "a component"])
+def test_a_lora_without_some_of_its_weights_names_them(backbone, small_model, tmp_path, part, lost):
+    """Peft would start them anew and draw other pictures, without a word that reaches anybody."""
+    train(backbone, LoRA(rank=2), True, steps=1)
+    LoRA(rank=2).save(backbone, tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    state = load_file(file)
+    gone = sorted(name for name in state if name.startswith(f"{part}."))[:lost]
+    save_file({name: values for name, values in state.items() if name not in gone}, file, metadata)
+    named = re.escape(gone[0].partition(".lora")[0]) if lost < 1000 else f"all weights of the {part}"
+    with pytest.raises(InputError, match=rf"pytorch_lora_weights\.safetensors lacks {named}"):
+        LoRA(rank=2).load(load_backbone(str(small_model)), tmp_path)
+
+
+def test_another_token_than_the_prompts_is_named(backbone, tmp_path):
+    """The prompts would ask for a word that was never trained, and the pictures would look protected."""
+    train(backbone, TextualInversion(token="<ann>"), False, steps=1)
+    TextualInversion(token="<ann>").save(backbone, tmp_path)
+    with pytest.raises(InputError, match="holds <ann>, not <bob>"):
+        TextualInversion(token="<bob>").load(backbone, tmp_path)
 
 
 @pytest.mark.parametrize("targets", [["to_q", "to_nowhere"], ["o_q"]])

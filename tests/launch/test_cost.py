@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from antidreambooth.diffusion.source import Source
 from cli import main, parsed
 from launch.cost import Footprint, Kind, disk_line, duration, footprint_of_cloak, footprint_of_victim, time_line
 from tests.conftest import ROOT
@@ -106,16 +107,17 @@ def test_what_is_trained_decides_what_weights_are_written(small_model):
 def test_class_images_are_those_of_the_prior(small_model):
     asked = ["--model.surrogate.prior.images=7", "--model.surrogate.prior.class_prompt=a photo of a dog"]
     of = lambda config, *flags: footprint_of_cloak(settings_of(config, small_model, *flags), parsed)  # noqa: E731
-    assert of("aspl", *asked).class_images == {(str(small_model), "a photo of a dog", 16): 7 * PICTURE}
+    assert of("aspl", *asked).class_images == {(Source(str(small_model)), "a photo of a dog", 16): 7 * PICTURE}
     assert of("aspl", "--model.surrogate.prior.weight=0").class_images == {}
     assert of("advdm").class_images == {}
     victim = "--model.surrogate=configs/dreambooth.yaml --model.training.prior.images 5"
-    assert of("fsmg", victim).class_images == {(str(small_model), "a photo of person", 16): 5 * PICTURE}
+    assert of("fsmg", victim).class_images == {(Source(str(small_model)), "a photo of person", 16): 5 * PICTURE}
 
 
 def test_the_disk_line_adds_up(tmp_path):
-    one, two = Footprint(1_000_000, 500_000, 3_000_000, {("m", "p", 8): 1_000_000}), "its command line is wrong"
-    other = Footprint(0, 500_000, 4_000_000, {("m", "p", 8): 2_000_000, ("m", "q", 8): 1_000_000})
+    m = Source("m")
+    one, two = Footprint(1_000_000, 500_000, 3_000_000, {(m, "p", 8): 1_000_000}), "its command line is wrong"
+    other = Footprint(0, 500_000, 4_000_000, {(m, "p", 8): 2_000_000, (m, "q", 8): 1_000_000})
     cloaks = [Kind("a cloak x", [4, 4, 2], [], one)]
     cells = [Kind("a victim y", [4], [], other), Kind("a victim z", [4], [], two), Kind("a victim done", [], [1.0], "")]
     line = disk_line(tmp_path / "later", [cloaks, cells], 2)

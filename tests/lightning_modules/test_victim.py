@@ -378,7 +378,7 @@ def test_fewer_photos_than_a_batch_come_again_in_it(fit, photos, tmp_path):
         (["--model.training.train_text_encoder=true"], INVERSION, "train_text_encoder"),
         (["--model.adaptation=Untrained"], FULL, "nothing to train"),
         (["--trainer.precision=bf16-true"], FULL, "keeps fp32 weights"),
-        (["--model.backbone=./nowhere"], FULL, "no folder here"),
+        (["--model.backbone=./nowhere"], FULL, "neither a folder"),
         (["--data.photos=./nowhere"], FULL, "does not exist"),
         (["--model.adaptation=LoRA", "--model.adaptation.targets=[to_x]"], FULL, "no layers to_x"),
     ],

@@ -1,0 +1,53 @@
+"""What a wrong command line is told: one line with the flag, what is wrong with it and where to look."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+
+
+class OneLine(ArgumentParser):
+    """A parser whose errors are one line; jsonargparse's own say why each type in a union does not fit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Says what is wrong and ends the program; while a value is only tried, raises as usual."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"error: {one_line(message)}\n")
+        self.exit(2)
+        raise AssertionError  # exit does not come back
+
+
+class OneLineOfLightning(OneLine, LightningArgumentParser):
+    """The same for Lightning's commands."""
+
+
+def one_line(message: str) -> str:
+    """What matters in an error of jsonargparse's: flag and reason, of the innermost class that it is about."""
+    keys, nested = (
+        re.findall(r'Parser key "([^"]+)"', message),
+        re.search(r"NestedArg\(key='([^']+)', val=(.*)\)", message),
+    )
+    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+    flag = "--" + ".".join(keys)
+    if nested and not flag.endswith(nested[1]):
+        flag = f"--{keys[0]}.{nested[1]}"
+    given = nested[2].strip("'") if nested else next(iter(re.findall(r"Given value: (.*)", message)), "")
+    if unknown := re.search(r"Option '([^']+)' is not accepted", message):
+        owner = classes[-1].rpartition(".")[2]
+        where = flag.removesuffix(f".{unknown[1]}")
+        return f"{where}.{unknown[1]}: {owner} has no such setting; {where}.help {owner} lists those it has"
+    if lost := re.search(r"No module named '[^']+'", message):
+        own = "a class of your own is named MODULE.CLASS, with MODULE.py in the folder where you start"
+        return f"{flag} {given}: {lost[0]}; {own}"
+    if wrong := re.findall(r"Expected an? <class '([^']+)'>\. Got value: (.*)", message):
+        kind, got = wrong[-1]
+        hint = f"; a list is put into quotes: {flag} '[A, B]'" if got.startswith("[") and not got.endswith("]") else ""
+        return f"{flag} {got}: a {kind} is expected{hint}"
+    if keys and "Given value" in message:
+        return f"{flag} {given}: it takes nothing of this kind; see --help and --model.help CLASS"
+    return " ".join(line.strip(" -") for line in message.splitlines() if line.strip(" -"))

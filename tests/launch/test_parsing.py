@@ -1,0 +1,48 @@
+"""A wrong command line is told in one line: the flag, what is wrong, where to look."""
+
+import pytest
+
+from cli import main
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--model.ensemble.backbones [A, B]", "--model.ensemble.backbones [A,: a list is expected; a list is put into"),
+        ("--model.objective my_module.MyObjective", "--model.objective my_module.MyObjective: No module named"),
+        ("--model.objective Nonsense", "--model.objective Nonsense: it takes nothing of this kind"),
+        ("--model Nonsense", "--model Nonsense: it takes nothing of this kind"),
+        ("--model.bugdet 3", "--model.bugdet: ASPL has no such setting; --model.help ASPL lists those it has"),
+        ("--model.budget abc", "--model.budget abc: a float is expected"),
+        ("--model.step_rule.schedule foo", "--model.step_rule.schedule foo: it takes nothing of this kind"),
+        ("--model.surrogate.steps 1.5", "--model.surrogate.steps 1.5: "),
+        ("--trainer.max_epochs x", "--trainer.max_epochs x: it takes nothing of this kind"),
+        ("--nonsense 3", "unrecognized arguments: --nonsense 3"),
+        ("-c nowhere.yaml", 'Parser key "config": File does not exist'),
+    ],
+)
+def test_a_wrong_fit_is_one_line(words, line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", f"--config={ROOT / 'configs' / 'aspl.yaml'}", *words.split()])
+    assert stopped.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"error: {line}"), told
+
+
+@pytest.mark.parametrize("command", ["people", "verdict"])
+def test_so_are_the_other_commands(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--bugdet", "3"])
+    assert stopped.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("error: ")
+    assert "--bugdet" in told
+
+
+@pytest.mark.parametrize("value", ["null", ""])
+def test_a_run_without_a_folder_is_refused(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"--trainer\.default_root_dir is empty: name a folder"):
+        main(["fit", f"--config={ROOT / 'configs' / 'aspl.yaml'}", f"--trainer.default_root_dir={value}"])
+    assert not list(tmp_path.iterdir())
