@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from antidreambooth import cloak
 from antidreambooth.diffusion import loading
 from antidreambooth.diffusion.families.stable_diffusion import NETWORKS
+from antidreambooth.diffusion.integrity import not_finite
 from antidreambooth.diffusion.loading import load_backbone, resolution_of
 from antidreambooth.diffusion.sampling import noise_of, sample
 from antidreambooth.diffusion.source import Source, locate
@@ -165,6 +166,14 @@ def test_nothing_is_computed_on_a_damaged_model(command, model, tmp_path, monkey
     with pytest.raises(InputError, match="text_encoder/ lacks"):
         cloak(pillows(), backbone=str(model), rounds=1)
     assert not (tmp_path / "out" / "cloaked").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_large_numbers_are_finite_and_infinities_that_cancel_out_are_not(dtype):
+    largest = torch.full((4,), torch.finfo(dtype).max, dtype=dtype)
+    assert not_finite([("large", largest), ("whole numbers", torch.arange(3)), ("none", largest[:0])]) == []
+    for value in (float("nan"), float("inf"), -float("inf")):
+        assert not_finite([("a", torch.tensor([1.0, value, -value], dtype=dtype))]) == ["a"]
 
 
 # --- components that do not fit, told from the small files ---
