@@ -28,14 +28,10 @@ class OneLineOfLightning(OneLine, LightningArgumentParser):
 
 def one_line(message: str) -> str:
     """What matters in an error of jsonargparse's: flag and reason, of the innermost class that it is about."""
-    keys, nested = (
-        re.findall(r'Parser key "([^"]+)"', message),
-        re.search(r"NestedArg\(key='([^']+)', val=(.*)\)", message),
-    )
-    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
-    flag = "--" + ".".join(keys)
-    if nested and not flag.endswith(nested[1]):
-        flag = f"--{keys[0]}.{nested[1]}"
+    keys, classes = (re.findall(pattern, message) for pattern in (r'Parser key "([^"]+)"', r"class_path '([^']+)'"))
+    # The outermost, which is the last one, has the whole name of what was typed.
+    nested = next(reversed(list(re.finditer(r"NestedArg\(key='([^']+)', val=(.*)\)", message))), None)
+    flag = f"--{keys[0]}.{nested[1]}" if nested and keys else "--" + ".".join(keys)
     given = nested[2].strip("'") if nested else next(iter(re.findall(r"Given value: (.*)", message)), "")
     if unknown := re.search(r"Option '([^']+)' is not accepted", message):
         owner = classes[-1].rpartition(".")[2]
