@@ -15,7 +15,7 @@ from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_wei
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.loading import load_backbone, shared_resolution
 from antidreambooth.diffusion.precision import computes_in_bf16, unaffected
 from antidreambooth.diffusion.seeding import Turn, require_seed
 from antidreambooth.diffusion.source import Named, Source
@@ -100,9 +100,7 @@ def cloak(
     photos = pictures(images, "images", again)
     others = None if clean_images is None else pictures(clean_images, "clean_images", again)
     assembly = Assembly(METHODS[method], replace(settings or Settings(), budget=float(budget)))
-    side = resolution_of(names[0], resolution)
-    for source in names[1:]:
-        resolution_of(source, side)  # a wrong one is found before the first is loaded
+    side = shared_resolution(names, resolution)
     run = Turn(0, seed, rounds=METHODS[method].rounds if rounds is None else rounds)
     with unaffected(where):
         return _cloaked(photos, others, names, assembly, run, side, where, progress)
