@@ -34,7 +34,9 @@ def one_line(message: str) -> str:
     nested = next(reversed(list(re.finditer(r"NestedArg\(key='([^']+)', val=(.*)\)", message))), None)
     flag = f"--{keys[0]}.{nested[1]}" if nested and keys else "--" + ".".join(keys)
     given = nested[2].strip("'") if nested else next(iter(re.findall(r"Given value: (.*)", message)), "")
-    if unknown := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: --([^=\s]+)=", message):
+    if unknown := re.search(
+        r"(?:Option |does not accept option )'([^']+)'|unrecognized arguments: --([^=\s]+)=", message
+    ):
         name = unknown[1] or unknown[2]
         if not classes:  # at the top of a config file
             return f"{name}: there is no such setting; see --help, or check the config file"

@@ -88,7 +88,7 @@ def test_paths_images_and_arrays_are_the_same_photos(run, given):
         ([torch.zeros(3, 8, 8)], r"images\[0\] is of class Tensor: give a path"),
         (torch.zeros(3, 8, 8), r"images\[0\] is of class Tensor: give a path"),
         ([Image.new("RGB", (8, 8)), "nowhere/a.jpg"], r"images\[1\]: a.jpg cannot be read: No such file"),
-        (["~nobody/a.jpg"], r"images\[0\]: a.jpg cannot be read: No such file"),
+        (["~no such user/a.jpg"], r"images\[0\]: a.jpg cannot be read: No such file"),
         (["."], r"images\[0\]: \. is a folder: give its photos, such as \*sorted\(Path\('\.'\)"),
         ([__file__], r"images\[0\]: .*test_api.py cannot be decoded: it is no image"),
         ([Image.new("F", (8, 8))], r"images\[0\] has floating-point pixels"),

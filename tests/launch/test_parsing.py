@@ -36,10 +36,11 @@ def test_a_wrong_fit_is_one_line(words, line, capsys):
     assert told.startswith(f"error: {line}"), told
 
 
-def test_so_is_a_config_file_with_an_unknown_setting(tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--print_config"]])  # the parser has other words for either
+def test_so_is_a_config_file_with_an_unknown_setting(tmp_path, capsys, more):
     (tmp_path / "own.yaml").write_text("modle: 3\n")
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", f"--config={ROOT / 'configs' / 'aspl.yaml'}", f"--config={tmp_path / 'own.yaml'}"])
+        main(["fit", f"--config={ROOT / 'configs' / 'aspl.yaml'}", f"--config={tmp_path / 'own.yaml'}", *more])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: modle: there is no such setting; see --help, or check the config file\n"
 
