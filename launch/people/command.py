@@ -63,7 +63,7 @@ def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
             write_summary(job, found)
     if lost := [one for one in found if one.state != "done"]:
         reason = lost[0].error or "no worker got to it"
-        again = "" if lost[0].person in changed else "; run the same command again to retry"
+        again = "; run the same command again to retry" if {one.person for one in lost} - changed.keys() else ""
         raise InputError(f"{len(lost)} of {len(found)} people failed, the first: {lost[0].person}: {reason}{again}")
 
 
