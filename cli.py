@@ -167,11 +167,6 @@ class Parsed(Exception):  # noqa: N818 (nothing is wrong)
 class OnlyParsed(CommandLine):
     """A command line that is parsed and not run."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Those of Lightning's commands that mean something here: no module of ours validates or predicts."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "test")}
-
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Ends here: LightningCLI's constructor would go on and run it. What is built finds numbers out of range."""
         LightningCLI.parse_arguments(self, parser, args)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import operator
+import os
 from collections.abc import Iterable
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -15,16 +20,16 @@ from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_wei
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.loading import load_backbone, shared_resolution
 from antidreambooth.diffusion.precision import computes_in_bf16, unaffected
 from antidreambooth.diffusion.seeding import Turn, require_seed
-from antidreambooth.diffusion.source import Named, Source
+from antidreambooth.diffusion.source import EMBEDDED, Named, Source, locate
 from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.dreambooth import PriorPreservation
-from antidreambooth.photos.decoding import square, to_float
+from antidreambooth.photos.decoding import to_float
 from antidreambooth.photos.delivery import require_change, to_8bit
-from antidreambooth.photos.given import Picture, pictures
-from antidreambooth.provenance import read_manifest
+from antidreambooth.photos.given import Picture, described, squares
+from antidreambooth.provenance import person_in
 
 log = logging.getLogger("antidreambooth")
 
@@ -41,7 +46,7 @@ def cloak(
     seed: int = 0,
     rounds: int | None = None,
     resolution: int | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     again: bool = False,
     progress: Progress = iter,
 ) -> list[Image.Image]:
@@ -58,8 +63,9 @@ def cloak(
         backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id; or a ``Source``, which is one of
             these with a revision or a variant of the weights. For ``fsmg``, ``t-fsmg`` and
             ``e-fsmg`` a model that was trained on the person, such as ``model/`` of ``fit -c configs/dreambooth.yaml``;
-            the embedded model is refused for these, and of one without a manifest beside it a warning says that it is
-            not known whether it was.
+            the ``manifest.json`` beside such a ``model/`` says that it was, and by which prompt it knows the person.
+            The embedded model is refused for these methods, and so is one whose manifest speaks of no person; of one
+            without a manifest, a warning says that it is not known whether it was.
         method: ``aspl``, ``t-aspl``, ``e-aspl``, ``fsmg``, ``t-fsmg``, ``e-fsmg`` or ``advdm``.
         budget: largest change of a pixel's value, in 8-bit steps.
         clean_images: other photos of the person, which the surrogate learns from; ``images`` when not given.
@@ -80,48 +86,47 @@ def cloak(
         InputError: there is no such method or backbone, no photo, a setting is out of range, or a method of several
             models was given one.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
-    for name, value in (("seed", seed), ("rounds", rounds), ("resolution", resolution)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise InputError(f"{name} is a whole number: got {value!r}")
-    if not isinstance(budget, int | float):
+    if not isinstance(budget, Real):
         raise InputError(f"budget is a number of 8-bit steps: got {budget!r}")
-    require_seed("seed", seed)
-    require("rounds", rounds, 1)
+    if not isinstance(settings, Settings | None):
+        raise InputError(f"settings are Settings(...) of antidreambooth.attack.methods: got {described(settings)}")
+    if not callable(progress):
+        raise InputError(f"progress wraps a loop, as tqdm.auto.tqdm does: got {described(progress)}")
+    if not isinstance(ensemble, Iterable | Source | os.PathLike):
+        raise InputError(f"ensemble is a list of base models: got {described(ensemble)}")
+    chosen = METHODS[method]
+    run = Turn(0, whole("seed", seed), rounds=chosen.rounds if rounds is None else whole("rounds", rounds))
+    require_seed("seed", run.seed)
+    require("rounds", run.rounds, 1)
+    side = None if resolution is None else whole("resolution", resolution)
     names = Source.several([backbone, *Source.several(ensemble)])
-    if METHODS[method].several != (len(names) > 1):
-        several = METHODS[method].several
-        raise InputError(f"{method} attacks {'several models: give ensemble' if several else 'one model'}")
-    if METHODS[method].surrogate == "trained":
-        for source in names:
-            require_trained(source)
+    if chosen.several != (len(names) > 1):
+        raise InputError(f"{method} attacks {'several models: give ensemble' if chosen.several else 'one model'}")
+    assembly = Assembly(chosen, replace(settings or Settings(), budget=float(budget)))
     where = device_named(device)
-    photos = pictures(images, "images", again)
-    others = None if clean_images is None else pictures(clean_images, "clean_images", again)
-    assembly = Assembly(METHODS[method], replace(settings or Settings(), budget=float(budget)))
-    side = resolution_of(names[0], resolution)
-    for source in names[1:]:
-        resolution_of(source, side)  # a wrong one is found before the first is loaded
-    run = Turn(0, seed, rounds=METHODS[method].rounds if rounds is None else rounds)
+    side = shared_resolution(names, side)
+    prompts = [trained_prompt(source, assembly.settings) for source in names] if chosen.surrogate == "trained" else None
+    photos = squares(images, "images", side, again)
+    others = photos if clean_images is None else squares(clean_images, "clean_images", side, again)
     with unaffected(where):
-        return _cloaked(photos, others, names, assembly, run, side, where, progress)
+        return _cloaked(torch.stack(photos), torch.stack(others), names, assembly, prompts, run, where, progress)
 
 
 def _cloaked(
-    photos: list[Image.Image],
-    others: list[Image.Image] | None,
+    pixels: UInt8[Tensor, "n 3 h w"],
+    others: UInt8[Tensor, "m 3 h w"],
     names: list[Source],
     assembly: Assembly,
+    prompts: list[str] | None,
     run: Turn,
-    side: int,
     where: torch.device,
     progress: Progress,
 ) -> list[Image.Image]:
     """The photos after all rounds; ``run`` says how many, and the seed."""
-    pixels, low = _pixels(photos, side), computes_in_bf16(where)
-    originals = to_float(pixels).to(where)
-    clean = originals if others is None else to_float(_pixels(others, side)).to(where)
+    originals, clean = to_float(pixels).to(where), to_float(others).to(where)
+    low = computes_in_bf16(where)
     models = [load_backbone(name).to(where) for name in names]
     for notice in dict.fromkeys(model.defaults.notice for model in models if model.defaults.notice):
         log.warning(notice)
@@ -129,11 +134,11 @@ def _cloaked(
     def class_latents(model: Backbone, prior: PriorPreservation) -> Posterior:
         assert prior.class_prompt is not None
         with torch.autocast(where.type, torch.bfloat16, enabled=low):
-            batch = assembly.attack.micro_batch
+            batch, side = assembly.attack.micro_batch, pixels.shape[-1]
             pictures = class_images(model, prior.class_prompt, prior.images, side, batch=batch, progress=progress)
         return model.encode_all(to_float(pictures).to(where), assembly.attack.micro_batch)
 
-    assembly.adopt(models, class_latents, run.seed)
+    assembly.adopt(models, class_latents, run.seed, prompts)
     # The perturbation is what is kept between rounds, as a training run keeps it: adding it rounds.
     perturbation, memory = assembly.attack.start(originals, run.seed), None
     with torch.autocast(where.type, torch.bfloat16, enabled=low):
@@ -148,25 +153,42 @@ def _cloaked(
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in cloaked]
 
 
-def require_trained(source: Source) -> None:
-    """Looks whether a model that is attacked as one that knows the person can be one.
+def trained_prompt(source: Source, settings: Settings) -> str:
+    """What a model that was trained on the person is asked for: what the settings say, or the model's manifest.
 
     Raises:
-        InputError: it is the embedded base model, which knows nobody. Of any other one only the manifest of a victim
-            of ours beside it tells; where there is none, a warning says that it is not known.
+        InputError: the model knows nobody: it is the embedded one, or the manifest beside it speaks of no person. Where
+            there is no manifest of ours, a warning says that it is not known.
     """
-    if source.name == "embedded":
-        raise InputError(
-            "this method attacks a model that was trained on the person, and the embedded one knows nobody: give "
-            "backbone the model/ of `fit -c configs/dreambooth.yaml`, or use method='advdm' for an untouched model"
-        )
-    folder = Path(source.name).expanduser()
-    record = read_manifest(folder.parent) if folder.is_dir() else None
-    if record is None or record["settings"].get("model", {}).get("class") != "Victim":
+    advice = (
+        "give backbone the model/ of `fit -c configs/dreambooth.yaml`, or use method='advdm' for an untouched model"
+    )
+    wanted = "this method attacks a model that was trained on the person"
+    place = locate(source)
+    if place == EMBEDDED:
+        raise InputError(f"{wanted}, and the embedded one knows nobody: {advice}")
+    try:
+        prompt = person_in(place) if isinstance(place, Path) else None
+    except InputError as error:
+        raise InputError(f"{wanted}, and {error}: {advice}") from error
+    if prompt is None:
         log.warning("nothing says that %s was trained on the person: if it was not, use method='advdm'", source)
+    return settings.prompt or prompt or settings.training.instance_prompt
 
 
-def device_named(name: str | None) -> torch.device:
+def whole(name: str, value: Any) -> int:
+    """A whole number, NumPy's too.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name} is a whole number: got {value!r}") from error
+
+
+def device_named(name: str | torch.device | None) -> torch.device:
     """A device by name; a GPU where there is one when there is no name.
 
     Raises:
@@ -174,11 +196,6 @@ def device_named(name: str | None) -> torch.device:
     """
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     there = [*(["cuda", *gpus] if gpus else []), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
-    if name is not None and str(name) not in there:
+    if name is not None and str(name) not in [*there, "cpu:0"]:
         raise InputError(f"there is no device {str(name)!r} here: choose {', '.join(there)}")
     return torch.device(there[0] if name is None else name)
-
-
-def _pixels(images: list[Image.Image], side: int) -> Tensor:
-    """Centred squares, n 3 side side in 8 bits."""
-    return torch.stack([square(image, side)[0] for image in images])

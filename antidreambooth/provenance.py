@@ -89,6 +89,35 @@ def photos_of(record: dict[str, Any]) -> dict[str, str]:
     return photos if isinstance(photos, dict) else {entry["source"]: entry["sha256"] for entry in photos}
 
 
+def person_in(model: Path) -> str | None:
+    """The prompt by which a model knows the person that a victim of this project has trained it on.
+
+    A victim writes ``model/``, and ``manifest.json`` beside it.
+
+    Args:
+        model: a base model's folder.
+
+    Returns:
+        The instance prompt; None where no manifest lies beside the folder, and nobody can tell.
+
+    Raises:
+        InputError: the manifest is of a run that has trained the model on nobody in particular.
+    """
+    folder = model.expanduser().resolve()
+    try:
+        record = read_manifest(folder.parent) if folder.name == "model" else None
+    except InputError:  # of some other program
+        return None
+    if record is None:
+        return None
+    prompt = record["settings"]
+    for key in ("model", "training", "instance_prompt"):
+        prompt = prompt.get(key) if isinstance(prompt, dict) else None
+    if not isinstance(prompt, str):
+        raise InputError(f"the model {model} was trained on nobody in particular, as {folder.parent / MANIFEST} says")
+    return prompt
+
+
 def cloaked_by(photo: Path, sha256: str) -> Path | None:
     """The folder of the run that made a picture, as the manifest there says; None where no manifest does.
 

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 
 from antidreambooth.diffusion.class_images import cache_folder
 from antidreambooth.diffusion.defaults import given
-from antidreambooth.diffusion.loading import bytes_of_networks, read_defaults, resolution_of
+from antidreambooth.diffusion.loading import bytes_of_networks, read_defaults, resolution_of, shared_resolution
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import find_photos
@@ -69,7 +69,7 @@ def footprint_of_cloak(settings: Namespace, parse: Parse, keep_models: bool = Fa
         InputError: this is no cloaking run, or its base model cannot be found.
     """
     backbones, model, rounds = attacked(settings), settings.model.init_args, settings.trainer.max_epochs or 0
-    side = side_of(model)
+    side = shared_resolution(backbones, model.resolution)
     picture = picture_of(side)
     progress = rounds // every if (every := callback(settings, "CloakedPhotos").get("every_n_epochs")) else 0
     samples, grids = callback(settings, "SampleGrid"), 0
@@ -103,8 +103,8 @@ def footprint_of_victim(settings: Namespace, trained: bool = True, keep_models: 
     model = settings.model.get("init_args")
     if model is None or "generation" not in model:
         raise InputError("a victim is the config file of a model that is trained on photos (configs/dreambooth.yaml)")
-    source = backbones_of(model)[0]
-    side = side_of(model)
+    (source,) = backbones_of(model)
+    side = resolution_of(source, model.resolution)
     picture = picture_of(side)
     drawn = 3 * len(model.generation.prompts) * model.generation.images * picture  # images, grid.png, TensorBoard
     if not trained:
@@ -188,15 +188,6 @@ def count_photos(folder: Path) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return len(find_photos(folder))
-
-
-def side_of(model: Namespace) -> int:
-    """The side of a run's pictures, in pixels."""
-    first, *others = backbones_of(model)
-    side = resolution_of(first, model.resolution)
-    for other in others:
-        resolution_of(other, side)  # what is wrong with it ends here, too
-    return side
 
 
 def picture_of(side: int) -> int:

@@ -118,13 +118,7 @@ class Victim(Training):
         super().build()
         training = self.training_settings
         if self.trainer.testing:
-            folder = Path(self.trainer.default_root_dir) / self.adaptation.folder
-            self.adaptation.load(self.backbone, folder)
-            if broken := self.backbone.not_finite():
-                raise InputError(
-                    f"{folder} holds a victim with weights that are no finite numbers ({broken[0]}): its training "
-                    f"diverged; run `fit` again with a lower {self.rate}"
-                )
+            self.adaptation.load(self.backbone, Path(self.trainer.default_root_dir) / self.adaptation.folder)
             return
         self.classes = self.class_posterior(self.backbone, self.fingerprint, training.prior, MICRO_BATCH)
         self.adaptation.apply(self.backbone, training, self.seed)

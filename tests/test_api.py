@@ -1,8 +1,10 @@
 """``cloak()``: what it takes, what it refuses in one line, and that nothing of the caller's changes the pixels."""
 
 import inspect
+import json
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,8 +17,10 @@ from PIL import Image
 
 from antidreambooth import cloak
 from antidreambooth.attack.methods import Settings
-from antidreambooth.diffusion.source import Source
+from antidreambooth.diffusion.source import EMBEDDED, Source
 from antidreambooth.errors import InputError
+from antidreambooth.photos.decoding import square
+from antidreambooth.provenance import MANIFEST, person_in
 from cli import main
 from tests.test_cli import TRAINING
 
@@ -37,7 +41,7 @@ def run(small_model):
     unchecked: Any = inspect.unwrap(cloak)  # the tests check types before the function itself can say what is wrong
 
     def call(images, **options):
-        cloaked = unchecked(images, str(small_model), **{**FEW, "device": "cpu", **options})
+        cloaked = unchecked(images, **{"backbone": small_model, **FEW, "device": "cpu", **options})
         return [np.asarray(image) for image in cloaked]
 
     return call
@@ -71,6 +75,8 @@ def test_paths_images_and_arrays_are_the_same_photos(run, given):
         (np.zeros((8, 8, 3), np.uint8), "images are a list"),
         (None, "images are a list of photos, each of them a path, a Pillow image, or an array"),
         (3, "images are a list of photos"),
+        (b"\x89PNG", "images are a list"),
+        (np.zeros((8, 8), np.uint8), "images are a list"),
         ([], "images are empty"),
         (np.zeros((0, 8, 8, 3), np.uint8), "images are empty"),
         ([None], r"images\[0\] is None: give a path"),
@@ -79,23 +85,72 @@ def test_paths_images_and_arrays_are_the_same_photos(run, given):
         ([np.zeros((8, 8, 4), np.uint8)], r"images\[0\] is an array of uint8 with shape \(8, 8, 4\)"),
         ([np.zeros((3, 8, 8), np.uint8)], r"images\[0\] is an array"),
         ([np.zeros((0, 8, 3), np.uint8)], r"images\[0\] has no pixels: it is 8 by 0"),
-        (["nowhere/a.jpg"], "a.jpg cannot be read: No such file"),
+        ([torch.zeros(3, 8, 8)], r"images\[0\] is of class Tensor: give a path"),
+        (torch.zeros(3, 8, 8), r"images\[0\] is of class Tensor: give a path"),
+        ([Image.new("RGB", (8, 8)), "nowhere/a.jpg"], r"images\[1\]: a.jpg cannot be read: No such file"),
+        (["~no such user/a.jpg"], r"images\[0\]: a.jpg cannot be read: No such file"),
+        (["."], r"images\[0\]: \. is a folder: give its photos, such as \*sorted\(Path\('\.'\)"),
+        ([__file__], r"images\[0\]: .*test_api.py cannot be decoded: it is no image"),
         ([Image.new("F", (8, 8))], r"images\[0\] has floating-point pixels"),
     ],
 )
 def test_what_is_no_list_of_photos_is_told_in_one_line(run, images, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"^{message}") as raised:
         run(images)
+    assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("loaded", [True, False])
-def test_a_closed_image_is_told(run, given, loaded):
-    image = Image.open(given[0])
-    if loaded:
-        image.load()
+def opened(path: Path) -> Image.Image:
+    image = Image.open(path)
     image.close()
-    with pytest.raises(InputError, match=r"images\[0\] is closed: give it before it is closed, or give its path"):
-        run([image])
+    return image
+
+
+def loaded(path: Path) -> Image.Image:
+    image = Image.open(path)
+    image.load()
+    image.close()
+    return image
+
+
+def out_of_its_block(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image
+
+
+def of_a_closed_file(path: Path) -> Image.Image:
+    with path.open("rb") as file:
+        return Image.open(file)
+
+
+@pytest.mark.parametrize("closed", [opened, loaded, out_of_its_block, of_a_closed_file])
+def test_a_closed_image_is_told(run, given, closed):
+    for path in given:
+        if path.suffix == ".webp" and closed in (out_of_its_block, of_a_closed_file):
+            continue  # Pillow keeps its bytes
+        with pytest.raises(InputError, match=r"^images\[0\] is closed: give it before it is closed, or give its path$"):
+            run([closed(path)])
+
+
+def test_photos_are_not_held_at_their_own_size(run, tmp_path, monkeypatch):
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "a.png")
+    seen: list[weakref.ref[Image.Image]] = []
+    alive: list[int] = []
+
+    def watched(image: Image.Image, side: int) -> Any:
+        alive.append(sum(one() is not None for one in seen))
+        seen.append(weakref.ref(image))
+        return square(image, side)
+
+    monkeypatch.setattr("antidreambooth.photos.given.square", watched)
+    run([tmp_path / "a.png"] * 4)
+    assert alive == [0, 0, 0, 0]
+
+
+def test_numbers_of_numpy_and_devices_of_torch_are_taken(run, given):
+    plain = run(given, budget=8, seed=3, rounds=1, resolution=16, device="cpu")
+    kinds = {"budget": np.float32(8), "seed": np.int64(3), "rounds": np.uint8(1), "resolution": np.int32(16)}
+    assert same(run(given, **kinds, device=torch.device("cpu:0")), plain)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +170,13 @@ def test_a_closed_image_is_told(run, given, loaded):
         ({"budget": float("nan")}, "budget is from 1 to 255 in 8-bit steps"),
         ({"budget": 300}, "budget is from 1 to 255"),
         ({"resolution": "16"}, "resolution is a whole number"),
+        ({"method": ["aspl"]}, r"there is no method \['aspl'\]: choose one of"),
+        ({"settings": {"budget": 8}}, r"settings are Settings\(\.\.\.\) of .*: got of class dict"),
+        ({"progress": None}, r"progress wraps a loop, as tqdm.auto.tqdm does: got None"),
+        ({"ensemble": None}, "ensemble is a list of base models: got None"),
+        ({"ensemble": 3}, "ensemble is a list of base models: got 3"),
+        ({"device": "cpu:1"}, "there is no device 'cpu:1' here: choose cpu"),
+        ({"device": "meta"}, "there is no device 'meta' here: choose cpu"),
         ({"device": "gpu"}, "there is no device 'gpu' here: choose .*cpu"),
         ({"device": "xyz"}, "there is no device 'xyz' here"),
         ({"device": "cuda:99"}, "there is no device 'cuda:99' here"),
@@ -144,8 +206,58 @@ def test_a_plain_name_a_path_and_a_source_are_the_same_model(given, small_model)
 def test_a_method_that_attacks_a_trained_model_refuses_one_that_knows_nobody(given, run, caplog):
     with pytest.raises(InputError, match="the embedded one knows nobody: give backbone the model/ of"):
         cloak(given, "embedded", "fsmg", rounds=1)
+    with pytest.raises(InputError, match="the embedded one knows nobody"):
+        run(given, backbone=str(EMBEDDED), method="fsmg")
     run(given, method="fsmg")
     assert "nothing says that" in caplog.text
+
+
+def described_by(folder: Path, model: Path, manifest: str) -> Path:
+    """A copy of a model with a manifest beside it."""
+    shutil.copytree(model, folder / "model")
+    (folder / MANIFEST).write_text(manifest)
+    return folder / "model"
+
+
+def manifest_of(kind: str, training: dict[str, Any]) -> str:
+    return json.dumps({"settings": {"model": {"class": kind, "training": training}}, "versions": {}})
+
+
+def test_a_trained_model_is_asked_for_the_person_that_its_manifest_names(given, run, small_model, tmp_path, caplog):
+    person = "a photo of t@t person"
+    model = described_by(tmp_path / "a", small_model, manifest_of("Victim", {"instance_prompt": person}))
+    found = run(given, backbone=model, method="fsmg")
+    wanted, other = (
+        run(given, backbone=model, method="fsmg", settings=Settings(prompt=prompt))
+        for prompt in (person, "a photo of sks person")
+    )
+    assert same(found, wanted)
+    assert not same(found, other)  # the settings' prompt is what was asked for
+    assert "nothing says that" not in caplog.text
+
+
+def test_a_model_that_was_trained_on_nobody_is_refused(given, run, small_model, tmp_path):
+    model = described_by(tmp_path / "a", small_model, manifest_of("Pretraining", {"steps": 4}))
+    with pytest.raises(
+        InputError, match=r"trained on the person, and the model .* was trained on nobody in particular"
+    ):
+        run(given, backbone=model, method="fsmg")
+    assert len(run(given, backbone=model, method="advdm")) == 3
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", '{"name": "of a web page"}'])
+def test_a_manifest_of_another_program_says_nothing(given, run, small_model, tmp_path, caplog, manifest):
+    run(given, backbone=described_by(tmp_path / "a", small_model, manifest), method="fsmg")
+    assert "nothing says that" in caplog.text
+
+
+def test_a_manifest_speaks_of_no_other_folder(tmp_path):
+    (tmp_path / MANIFEST).write_text(manifest_of("Victim", {"instance_prompt": "a photo of t@t person"}))
+    assert person_in(tmp_path / "model") == "a photo of t@t person"
+    assert person_in(tmp_path / "base") is None
+    (tmp_path / MANIFEST).write_text('{"settings": [], "versions": {}}')
+    with pytest.raises(InputError, match="was trained on nobody in particular"):
+        person_in(tmp_path / "model")
 
 
 def test_a_victims_model_is_known_by_its_manifest(given, small_model, photos, tmp_path, caplog):

@@ -177,10 +177,6 @@ class Backbone(nn.Module, ABC):
         """The same over the weights that learn: whether they have learned anything."""
         return sha256({name: weight for name, weight in self.named_parameters() if weight.requires_grad})
 
-    def not_finite(self) -> list[str]:
-        """Names of the weights that hold NaN or infinity."""
-        return [name for name, weight in self.state_dict().items() if not weight.isfinite().all()]
-
 
 def sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names and values, whatever the order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,19 @@ def resolution_of(named: Named, wanted: int | None = None) -> int:
         allowed = f"{least} or more and a multiple of {step} pixels for the backbone {source}, such as {usable}"
         raise OutOfRangeError("resolution", wanted, allowed)
     return wanted
+
+
+def shared_resolution(sources: Sequence[Source], wanted: int | None = None) -> int:
+    """The side in pixels that a run on several base models works with: what is asked for, or the first one's.
+
+    Raises:
+        InputError: as ``resolution_of``, of any of them; so a wrong one is found before the first is loaded.
+    """
+    first, *others = sources
+    side = resolution_of(first, wanted)
+    for other in others:
+        resolution_of(other, side)
+    return side
 
 
 def inspect(source: Source) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -17,10 +17,11 @@ def made_on_cpu() -> Iterator[None]:
     Lightning builds models with the GPU as the default device. There a noise schedule has other bits, by which class
     images and checkpoints would not be found again on another machine, and a LoRA starts from other random numbers.
     """
-    dtype = torch.get_default_dtype()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        # Another default device is watched for in every call of torch, which takes a few per cent of a small round.
+        with nullcontext() if device.type == "cpu" else torch.device("cpu"):
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -130,12 +130,12 @@ def flatten(image: Image.Image, name: str) -> Image.Image:
         name: What messages call it.
 
     Raises:
-        InputError: As ``decode``.
+        InputError: As ``decode``, or it has been closed.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _decoding(name, lambda: why_undecoded(image.format)):
-            image.load()
+            _decode(image, name)
         image = _upright(image)
         colours, alpha = _separate(image, name)
     profile = None if image.mode == "LAB" else image.info.get("icc_profile")  # Pillow took L*a*b* to sRGB already
@@ -186,6 +186,20 @@ def _load(path: Path, resolution: int) -> Photo:
     image = decode(data, path.name)
     pixels, box = square(image, resolution)
     return Photo(path, path.name, hashlib.sha256(data).hexdigest(), image.size, box, pixels)
+
+
+def _decode(image: Image.Image, name: str) -> None:
+    """Decodes an opened picture; one that was closed before is named as such, for which Pillow has several words."""
+    gone = getattr(image, "fp", image) is None and bool(getattr(image, "tile", None))  # its file, before it was read
+    try:
+        if not gone:
+            image.load()
+    except ValueError as error:
+        if "closed" not in str(error):
+            raise
+        gone = True
+    if gone:
+        raise InputError(f"{name} is closed: give it before it is closed, or give its path")
 
 
 def _upright(image: Image.Image) -> Image.Image:

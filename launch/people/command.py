@@ -19,7 +19,7 @@ from tqdm import tqdm
 from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.errors import InputError
 from antidreambooth.files import locked, to_json, write_atomically
-from launch.cost import attacked, side_of
+from launch.cost import attacked
 from launch.flags import named
 from launch.help import PEOPLE, USAGE, Help
 from launch.jobs import workers_of
@@ -46,9 +46,7 @@ def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
         work(tasks, options.share, job.logs)
         return
     settings = parse(command(job.protection, {}))  # a wrong flag ends here, and not once for each person
-    sources = attacked(settings)
-    side_of(settings.model.init_args)  # what is wrong with a base model ends here, too
-    for terms in dict.fromkeys(read_defaults(source).notice for source in sources):
+    for terms in dict.fromkeys(read_defaults(source).notice for source in attacked(settings)):
         if terms:
             print(terms, flush=True)
     changed = changed_since(job)
@@ -65,7 +63,7 @@ def people(arguments: list[str], fit: Fit, parse: Parse) -> None:
             write_summary(job, found)
     if lost := [one for one in found if one.state != "done"]:
         reason = lost[0].error or "no worker got to it"
-        again = "" if lost[0].person in changed else "; run the same command again to retry"
+        again = "; run the same command again to retry" if {one.person for one in lost} - changed.keys() else ""
         raise InputError(f"{len(lost)} of {len(found)} people failed, the first: {lost[0].person}: {reason}{again}")
 
 

@@ -275,6 +275,16 @@ def test_other_settings_are_the_error_of_whom_they_concern(failed, folder, out, 
     assert results(out) == before
 
 
+def test_both_advices_are_given_where_both_help(failed, folder, out):
+    Image.open(folder / "ann" / "1.png").save(folder / "ann" / "2.png")
+    (folder / "bob").mkdir()
+    (folder / "bob" / "bad.jpg").write_text("no picture at all")
+    message = failed()
+    assert "error: 2 of 3 people failed, the first: ann: " in message
+    assert "delete that folder" in message
+    assert message.endswith("; run the same command again to retry")
+
+
 def test_a_config_that_was_edited_is_other_settings(folder, tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text((ROOT / "configs" / "aspl.yaml").read_text())

@@ -244,12 +244,7 @@ def _schedule_misfit(defaults: Defaults, configs: Mapping[str, dict[str, Any]]) 
     try:
         with made_on_cpu():
             noise = DDPMScheduler.from_config(config).alphas_cumprod
-    except (
-        TypeError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:  # for values of it
+    except (TypeError, ValueError, RuntimeError) as error:  # for values of it; NotImplementedError is a RuntimeError
         return f"has a noise schedule that cannot be computed: scheduler_config.json: {first_line(error)}"
     if not _counts(steps) or len(noise) != steps or not ((noise >= 0) & (noise <= 1)).all():  # NaN is neither
         return f"has a noise schedule that cannot be used: scheduler_config.json: {steps} steps (num_train_timesteps)"
