@@ -45,7 +45,7 @@ def gradient(backbone, images, micro_batch):
     objective = Denoising()
     draw = objective.draw(backbone, images, Turn(0).generator(images.device))
     embedding = backbone.embed(["a photo of sks person"])
-    return pixel_gradient(objective, backbone, images, embedding, draw, micro_batch)
+    return pixel_gradient(objective, backbone, images, embedding, [draw], micro_batch)
 
 
 OBJECTIVES = {
@@ -65,11 +65,11 @@ def test_pixel_gradient_is_that_of_a_finite_difference(any_backbone, objective):
 
     def value(x):
         with torch.no_grad():
-            return objective(any_backbone, x, embedding, draw).mean()
+            return objective(any_backbone, objective.encode(any_backbone, x, draw), embedding, draw).mean()
 
     h = 1e-6
     expected = (value(images + h * direction) - value(images - h * direction)) / (2 * h)
-    actual, same = pixel_gradient(objective, any_backbone, images, embedding, draw, 2)
+    actual, same = pixel_gradient(objective, any_backbone, images, embedding, [draw], 2)
     assert actual.dtype == torch.float64
     torch.testing.assert_close(same, value(images))
     torch.testing.assert_close((actual * direction).sum(), expected, rtol=1e-5, atol=1e-9)
@@ -81,8 +81,8 @@ def test_micro_batches_do_not_change_the_gradient(any_backbone, objective, micro
     images = to_float(random_images(5))
     draw = objective.draw(any_backbone, images, Turn(0).generator(images.device))
     embedding = any_backbone.embed([PROMPT]).detach()
-    expected, value = pixel_gradient(objective, any_backbone, images, embedding, draw, 5)
-    actual, same_value = pixel_gradient(objective, any_backbone, images, embedding, draw, micro_batch)
+    expected, value = pixel_gradient(objective, any_backbone, images, embedding, [draw], 5)
+    actual, same_value = pixel_gradient(objective, any_backbone, images, embedding, [draw], micro_batch)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(same_value, value, rtol=1e-5, atol=1e-7)
 
