@@ -1,10 +1,13 @@
 """Projection, pixel gradient, PGD."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from antidreambooth.attack.cost import counted
 from antidreambooth.attack.objectives import Denoising, Targeted, Transformed
 from antidreambooth.attack.perturbation import PGD, STEP, pixel_gradient, project
 from antidreambooth.attack.surrogates import Fixed
@@ -87,6 +90,48 @@ def test_micro_batches_do_not_change_the_gradient(any_backbone, objective, micro
     torch.testing.assert_close(same_value, value, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_several_draws_give_the_mean_of_their_gradients_for_one_pass_through_the_encoder(any_backbone, objective):
+    any_backbone.double()
+    images, generator = to_float(random_images(3)).double(), Turn(0).generator(torch.device("cpu"))
+    first, *others = (objective.draw(any_backbone, images, generator) for _ in range(3))
+    draws = [first, *(replace(draw, transforms=first.transforms) for draw in others)]
+    embedding = any_backbone.embed([PROMPT]).detach()
+    each = [pixel_gradient(objective, any_backbone, images, embedding, [draw], 2) for draw in draws]
+    gradients, values = (torch.stack(parts) for parts in zip(*each, strict=True))
+    assert not torch.allclose(gradients[0], gradients[1])
+
+    back: list[int] = []
+
+    def passed(module, inputs, output):
+        output.register_hook(lambda gradient: back.append(len(gradient)))
+
+    with any_backbone.vae.encoder.conv_in.register_forward_hook(passed), counted([any_backbone]) as passes:
+        gradient, value = pixel_gradient(objective, any_backbone, images, embedding, draws, 2)
+    torch.testing.assert_close(gradient, gradients.mean(dim=0), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(value, values.mean())
+    assert (passes.encoder, passes.unet, back) == (3, 9, [2, 1])
+
+
+def test_a_step_goes_along_the_mean_of_draws_that_differ(backbone):
+    """The step rule gets the gradient of as many draws from the round's generator, one after the other."""
+    originals, seen = to_float(random_images(2)) * 0.5, []
+
+    def kept(gradient):
+        seen.append(gradient)
+        return gradient
+
+    attack = PGD(steps=2, draws=3, reduce=kept)
+    attack(Fixed(backbone, PROMPT), originals, originals, Turn(0), torch.Generator().manual_seed(0))
+    generator, objective = torch.Generator().manual_seed(0), Denoising()
+    draws = [objective.draw(backbone, originals, generator) for _ in range(3)]
+    embedding = backbone.embed([PROMPT]).detach()
+    each = [pixel_gradient(objective, backbone, originals, embedding, [draw], 4)[0] for draw in draws]
+    assert len(seen) == 2  # once a step, so that ranks send no more messages
+    torch.testing.assert_close(seen[0], torch.stack(each).mean(dim=0), rtol=1e-4, atol=1e-8)
+    assert not torch.allclose(each[0], each[1])
+
+
 PROMPT = "a photo of sks person"
 
 
@@ -130,7 +175,13 @@ def test_the_gradient_is_averaged_over_processes(backbone):
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"budget": 0.5}, "0.5"), ({"budget": 300.0}, "300"), ({"step_size": 0.0}, "0.0"), ({"micro_batch": 0}, "micro")],
+    [
+        ({"budget": 0.5}, "0.5"),
+        ({"budget": 300.0}, "300"),
+        ({"step_size": 0.0}, "0.0"),
+        ({"micro_batch": 0}, "micro"),
+        ({"draws": 0}, "draws"),
+    ],
 )
 def test_impossible_settings_are_refused(settings, named):
     with pytest.raises(InputError, match=named):
