@@ -28,6 +28,7 @@ from torch import Tensor
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import alternate
+from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Fixed, Surrogate
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.loading import load_backbone
@@ -76,7 +77,7 @@ def seconds_of_steps(args: argparse.Namespace) -> None:
         if repeat:  # the first one loads kernels
             seconds[draws].append((time.perf_counter() - start) / args.steps)
         peaks[draws] = torch.cuda.max_memory_allocated() if cuda else 0
-    operations = operations_of_steps(backbone, args.draws)
+    operations = operations_of_steps(args)
     rows = []
     for draws, taken in seconds.items():
         ratios = [one / base for one, base in zip(taken, seconds[args.draws[0]], strict=True)]
@@ -93,11 +94,11 @@ def seconds_of_steps(args: argparse.Namespace) -> None:
     print(write(args.output, "draws-time-sd15" if args.sd15 else "draws-time", title, header, rows))
 
 
-def operations_of_steps(backbone: Backbone, draws: list[int]) -> dict[int, float]:
+def operations_of_steps(args: argparse.Namespace) -> dict[int, float]:
     """Operations of a step over those with the first number of draws: encoder once, U-Net once a draw, both ways."""
-    model = build(STABLE_DIFFUSION_15, "meta") if backbone.unet.config.sample_size == 64 else backbone.to("meta")
+    model = build(STABLE_DIFFUSION_15, "meta") if args.sd15 else load_backbone("embedded").to("meta")
     encoder, unet, _ = (cost.forward + cost.to_input for cost in count(model))
-    return {k: (encoder + k * unet) / (encoder + draws[0] * unet) for k in draws}
+    return {draws: (encoder + draws * unet) / (encoder + args.draws[0] * unet) for draws in args.draws}
 
 
 class Person:
@@ -134,32 +135,32 @@ class Person:
         losses = [PGD().objective(backbone, posterior, embedding, draw).mean() for draw in self.held_out]
         return float(torch.stack(losses).mean())
 
-    def fixed(self, draws: int, steps: float, points: int) -> Iterator[tuple[int, float]]:
+    def fixed(self, draws: int, rule: StepRule, steps: float, points: int) -> Iterator[tuple[int, float]]:
         """The loss at some points of PGD against the yardstick itself, the last one after all steps."""
-        every = math.ceil(steps / points)
-        attack, cloaked = PGD(steps=every, draws=draws), self.photos
+        every = max(1, round(steps / points))
+        attack, cloaked = PGD(steps=every, draws=draws, rule=rule), self.photos
         for number in range(points):
-            turn = Turn(number, self.seed)
+            turn = Turn(number, self.seed, rounds=points)
             cloaked = attack(self.yardstick, self.photos, cloaked, turn, turn.generator(cloaked.device)).images
             yield (number + 1) * every, self.loss(cloaked)
 
-    def alternating(self, draws: int, steps: float, points: int) -> Iterator[tuple[int, float]]:
-        """The same of ASPL, whose surrogate learns in ``ROUNDS`` rounds, of as many PGD steps as that leaves."""
+    def alternating(self, draws: int, rule: StepRule, steps: float, points: int) -> Iterator[tuple[int, float]]:
+        """The same of ASPL, whose surrogate learns in about ``ROUNDS`` rounds, each of as many steps as that leaves."""
         a_round = max(1, round(steps / ROUNDS))
-        attack, surrogate = self.adopted(Settings(draws=draws, pgd_steps=a_round))
-        every, cloaked = math.ceil(steps / a_round / points), self.photos
+        attack, surrogate = self.adopted(Settings(draws=draws, step_rule=rule, pgd_steps=a_round))
+        every, cloaked = max(1, round(steps / a_round / points)), self.photos
         for number in range(points * every):
-            cloaked = alternate([surrogate], self.photos, cloaked, attack, Turn(number, self.seed)).cloaked
+            turn = Turn(number, self.seed, rounds=points * every)
+            cloaked = alternate([surrogate], self.photos, cloaked, attack, turn).cloaked
             if (number + 1) % every == 0:
                 yield (number + 1) * a_round, self.loss(cloaked)
 
 
 def losses_of_steps(args: argparse.Namespace) -> None:
-    """How the loss rises for each person, seed and number of draws, all for as many operations; resumes."""
-    file = args.output / f"draws-losses{'-alternating' if args.alternating else ''}.csv"
-    done = curves(file) if file.exists() else {}
-    ratios = operations_of_steps(load_backbone("embedded"), args.draws)
-    args.output.mkdir(parents=True, exist_ok=True)
+    """How the loss rises for each person, seed and number of draws, all for as long by what ``time`` measured."""
+    file = args.output / f"draws-losses-{'alternating' if args.alternating else 'fixed'}-{args.schedule}.csv"
+    done = curves(file) if file.exists() else {}  # a run that was stopped goes on
+    ratios, rule = measured_ratios(args.output), Sign(args.schedule)
     for (number, folder), seed in itertools.product(enumerate(args.people, 1), range(args.seeds)):
         person: Person | None = None
         for draws in args.draws:
@@ -169,12 +170,20 @@ def losses_of_steps(args: argparse.Namespace) -> None:
                 person = person or Person(folder, seed)
                 found = [(0, person.loss(person.photos))]
                 climb = person.alternating if args.alternating else person.fixed
-                found += climb(draws, args.budget / ratios[draws], args.points)
+                found += climb(draws, rule, args.budget / ratios[draws], args.points)
             with file.open("a", encoding="utf-8", newline="") as rows:
                 if not rows.tell():
                     csv.writer(rows).writerow(COLUMNS)
                 csv.writer(rows).writerows([number, seed, draws, steps, f"{loss:.6f}"] for steps, loss in found)
-            print(f"person {number}, seed {seed}, {draws} draws: loss {found[0][1]:.4f} to {found[-1][1]:.4f}")
+            print(
+                f"person {number}, seed {seed}, {draws} draws: loss {found[0][1]:.4f} to {found[-1][1]:.4f}", flush=True
+            )
+
+
+def measured_ratios(folder: Path) -> dict[int, float]:
+    """How long a step takes by the number of draws, in steps of the first number: what ``time`` wrote."""
+    with (folder / "draws-time.csv").open(encoding="utf-8", newline="") as rows:
+        return {int(row["draws"]): float(row["median x"]) for row in csv.DictReader(rows)}
 
 
 def curves(file: Path) -> dict[Key, Curve]:
@@ -189,8 +198,7 @@ def curves(file: Path) -> dict[Key, Curve]:
 
 def compare(args: argparse.Namespace) -> None:
     """What a fixed time buys, and how long an equal loss takes; time is in steps of one draw."""
-    with (args.output / "draws-time.csv").open(encoding="utf-8", newline="") as rows:
-        ratios = {int(row["draws"]): float(row["median x"]) for row in csv.DictReader(rows)}
+    ratios = measured_ratios(args.output)
     for name, what in (("", "a model that was trained on the person"), ("-alternating", "ASPL's own surrogate")):
         file = args.output / f"draws-losses{name}.csv"
         if not file.exists():
@@ -267,6 +275,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--seeds", type=int, default=1, help="of the attack, for each person")
             command.add_argument("--budget", type=float, default=100, help="time of each run, in steps of one draw")
             command.add_argument("--points", type=int, default=5, help="of a curve")
+            command.add_argument(
+                "--schedule", choices=("constant", "linear"), default="constant", help="of the step size"
+            )
             command.add_argument("--alternating", action="store_true", help="ASPL: its surrogate learns, too")
     args = parser.parse_args(arguments)
     if args.bf16 is None:
