@@ -28,9 +28,8 @@ from torch import Tensor
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import alternate
-from antidreambooth.attack.steps import Sign, StepRule
+from antidreambooth.attack.steps import Momentum, Sign, StepRule
 from antidreambooth.attack.surrogates import Fixed, Surrogate
-from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.diffusion.seeding import Turn
@@ -44,6 +43,7 @@ HELD_OUT = 64  # draws that a loss is the mean of, none of which the attack sees
 YARDSTICK = 60  # DreamBooth steps on the clean photos of the model that losses are read off
 ROUNDS = 50  # of ASPL, as published
 PROMPT = "a photo of sks person"
+RULES = {"sign": Sign(), "falling": Sign("linear"), "momentum": Momentum()}
 COLUMNS = ("person", "seed", "draws", "steps", "loss")
 
 Curve = list[tuple[float, float]]  # (steps, loss)
@@ -138,29 +138,31 @@ class Person:
     def fixed(self, draws: int, rule: StepRule, steps: float, points: int) -> Iterator[tuple[int, float]]:
         """The loss at some points of PGD against the yardstick itself, the last one after all steps."""
         every = max(1, round(steps / points))
-        attack, cloaked = PGD(steps=every, draws=draws, rule=rule), self.photos
+        attack, cloaked, memory = PGD(steps=every, draws=draws, rule=rule), self.photos, None
         for number in range(points):
             turn = Turn(number, self.seed, rounds=points)
-            cloaked = attack(self.yardstick, self.photos, cloaked, turn, turn.generator(cloaked.device)).images
+            generator = turn.generator(cloaked.device)
+            cloaked, *_, memory = attack(self.yardstick, self.photos, cloaked, turn, generator, memory)
             yield (number + 1) * every, self.loss(cloaked)
 
     def alternating(self, draws: int, rule: StepRule, steps: float, points: int) -> Iterator[tuple[int, float]]:
         """The same of ASPL, whose surrogate learns in about ``ROUNDS`` rounds, each of as many steps as that leaves."""
         a_round = max(1, round(steps / ROUNDS))
         attack, surrogate = self.adopted(Settings(draws=draws, step_rule=rule, pgd_steps=a_round))
-        every, cloaked = max(1, round(steps / a_round / points)), self.photos
+        every, cloaked, memory = max(1, round(steps / a_round / points)), self.photos, None
         for number in range(points * every):
             turn = Turn(number, self.seed, rounds=points * every)
-            cloaked = alternate([surrogate], self.photos, cloaked, attack, turn).cloaked
+            outcome = alternate([surrogate], self.photos, cloaked, attack, turn, memory)
+            cloaked, memory = outcome.cloaked, outcome.memory
             if (number + 1) % every == 0:
                 yield (number + 1) * a_round, self.loss(cloaked)
 
 
 def losses_of_steps(args: argparse.Namespace) -> None:
     """How the loss rises for each person, seed and number of draws, all for as long by what ``time`` measured."""
-    file = args.output / f"draws-losses-{'alternating' if args.alternating else 'fixed'}-{args.schedule}.csv"
+    file = args.output / f"draws-losses-{'alternating' if args.alternating else 'fixed'}-{args.rule}.csv"
     done = curves(file) if file.exists() else {}  # a run that was stopped goes on
-    ratios, rule = measured_ratios(args.output), Sign(args.schedule)
+    ratios, rule = measured_ratios(args.output), RULES[args.rule]
     for (number, folder), seed in itertools.product(enumerate(args.people, 1), range(args.seeds)):
         person: Person | None = None
         for draws in args.draws:
@@ -275,9 +277,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--seeds", type=int, default=1, help="of the attack, for each person")
             command.add_argument("--budget", type=float, default=100, help="time of each run, in steps of one draw")
             command.add_argument("--points", type=int, default=5, help="of a curve")
-            command.add_argument(
-                "--schedule", choices=("constant", "linear"), default="constant", help="of the step size"
-            )
+            command.add_argument("--rule", choices=tuple(RULES), default="sign", help="what a step does")
             command.add_argument("--alternating", action="store_true", help="ASPL: its surrogate learns, too")
     args = parser.parse_args(arguments)
     if args.bf16 is None:
