@@ -37,14 +37,13 @@ from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.photos.decoding import load_photos, to_float
 from benchmarks.aspl_speed import count
 from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, build
-from benchmarks.tables import markdown, write
+from benchmarks.tables import write
 
 HELD_OUT = 64  # draws that a loss is the mean of, none of which the attack sees
 YARDSTICK = 60  # DreamBooth steps on the clean photos of the model that losses are read off
 ROUNDS = 50  # of ASPL, as published
 PROMPT = "a photo of sks person"
 RULES = {"sign": Sign(), "falling": Sign("linear"), "momentum": Momentum()}
-COLUMNS = ("person", "seed", "draws", "steps", "loss")
 
 Curve = list[tuple[float, float]]  # (steps, loss)
 
@@ -52,9 +51,11 @@ Curve = list[tuple[float, float]]  # (steps, loss)
 class Key(NamedTuple):
     """Whose photos were attacked, and how."""
 
-    person: str
-    seed: str
+    surrogate: str
+    rule: str
     draws: int
+    person: int
+    seed: int
 
 
 def seconds_of_steps(args: argparse.Namespace) -> None:
@@ -159,14 +160,15 @@ class Person:
 
 
 def losses_of_steps(args: argparse.Namespace) -> None:
-    """How the loss rises for each person, seed and number of draws, all for as long by what ``time`` measured."""
-    file = args.output / f"draws-losses-{'alternating' if args.alternating else 'fixed'}-{args.rule}.csv"
+    """How the loss rises for each person and number of draws, all for as long by what ``time`` measured."""
+    file = args.output / "draws-losses.csv"
     done = curves(file) if file.exists() else {}  # a run that was stopped goes on
     ratios, rule = measured_ratios(args.output), RULES[args.rule]
     for (number, folder), seed in itertools.product(enumerate(args.people, 1), range(args.seeds)):
         person: Person | None = None
         for draws in args.draws:
-            if Key(str(number), str(seed), draws) in done:
+            key = Key("ASPL" if args.alternating else "fixed", args.rule, draws, number, seed)
+            if key in done:
                 continue
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
                 person = person or Person(folder, seed)
@@ -175,15 +177,13 @@ def losses_of_steps(args: argparse.Namespace) -> None:
                 found += climb(draws, rule, args.budget / ratios[draws], args.points)
             with file.open("a", encoding="utf-8", newline="") as rows:
                 if not rows.tell():
-                    csv.writer(rows).writerow(COLUMNS)
-                csv.writer(rows).writerows([number, seed, draws, steps, f"{loss:.6f}"] for steps, loss in found)
-            print(
-                f"person {number}, seed {seed}, {draws} draws: loss {found[0][1]:.4f} to {found[-1][1]:.4f}", flush=True
-            )
+                    csv.writer(rows).writerow([*Key._fields, "steps", "loss"])
+                csv.writer(rows).writerows([*key, steps, f"{loss:.6f}"] for steps, loss in found)
+            print(*key, f"loss {found[0][1]:.4f} to {found[-1][1]:.4f}", flush=True)
 
 
 def measured_ratios(folder: Path) -> dict[int, float]:
-    """How long a step takes by the number of draws, in steps of the first number: what ``time`` wrote."""
+    """How long a step takes by the number of draws, in steps of one draw: what ``time`` wrote."""
     with (folder / "draws-time.csv").open(encoding="utf-8", newline="") as rows:
         return {int(row["draws"]): float(row["median x"]) for row in csv.DictReader(rows)}
 
@@ -192,46 +192,42 @@ def curves(file: Path) -> dict[Key, Curve]:
     """What ``losses`` wrote: the loss by steps."""
     found: dict[Key, Curve] = {}
     with file.open(encoding="utf-8", newline="") as rows:
-        for row in csv.DictReader(rows):
-            key = Key(row["person"], row["seed"], int(row["draws"]))
-            found.setdefault(key, []).append((float(row["steps"]), float(row["loss"])))
+        for surrogate, rule, draws, person, seed, steps, loss in itertools.islice(csv.reader(rows), 1, None):
+            key = Key(surrogate, rule, int(draws), int(person), int(seed))
+            found.setdefault(key, []).append((float(steps), float(loss)))
     return found
 
 
 def compare(args: argparse.Namespace) -> None:
     """What a fixed time buys, and how long an equal loss takes; time is in steps of one draw."""
     ratios = measured_ratios(args.output)
-    for name, what in (("", "a model that was trained on the person"), ("-alternating", "ASPL's own surrogate")):
-        file = args.output / f"draws-losses{name}.csv"
-        if not file.exists():
-            continue
-        found = {key: [(n * ratios[key.draws], loss) for n, loss in curve] for key, curve in curves(file).items()}
-        first = min(ratios)
-        whole = min(curve[-1][0] for curve in found.values())
-        rows_of_table = []
-        for draws in sorted({key.draws for key in found}):
-            cells = []
-            for share in (0.25, 0.5, 1.0):
-                pairs = [
-                    (at(curve, whole * share), at(found[key._replace(draws=first)], whole * share), curve[0][1])
-                    for key, curve in found.items()
-                    if key.draws == draws
-                ]
-                gains = [100 * (loss - base) / (base - start) for loss, base, start in pairs]
-                cells.append(f"{mean(loss for loss, *_ in pairs):.4f}: {spread(gains)}")
-            speed = [
-                reference / when
-                for key, curve in found.items()
-                if key.draws == draws and (reference := whole / 2)
-                for when in [reached(curve, at(found[key._replace(draws=first)], reference))]
-            ]
-            rows_of_table.append([str(draws), *cells, f"{median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f})"])
-        header = [
-            "draws",
-            *(f"after {whole * share:.0f}" for share in (0.25, 0.5, 1.0)),
-            "x faster to half-time's loss",
-        ]
-        print(name, markdown(header, rows_of_table), what)
+    found = {
+        key: [(steps * ratios[key.draws], loss) for steps, loss in curve]
+        for key, curve in curves(args.output / "draws-losses.csv").items()
+    }
+    rows = []
+    for surrogate, rule, draws in dict.fromkeys(key[:3] for key in sorted(found)):
+        pairs = [(found[key], found[key._replace(draws=1)]) for key in found if key[:3] == (surrogate, rule, draws)]
+        whole = round(pairs[0][1][-1][0])  # as long as one draw took
+        ends = [(at(curve, whole), at(one, whole), one[0][1]) for curve, one in pairs]
+        gains = [100 * (end - one) / (one - start) for end, one, start in ends]
+        times = [reached(curve, one[-1][1]) / whole for curve, one in pairs]
+        # A step size that falls belongs to the whole run: what there is on the way is not what a shorter run gives.
+        equal = "" if rule == "falling" else f"{median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
+        losses = [f"{mean(at(curve, whole * share) for curve, _ in pairs):.4f}" for share in (0.5, 1)]
+        gain = f"{mean(gains):+.1f} ({min(gains):+.1f} to {max(gains):+.1f})"
+        rows.append([f"{surrogate}, {rule}", str(draws), str(whole), str(len(pairs)), *losses, gain, equal])
+    header = ["attack", "draws", "time", "people", "loss at half-time", "loss", "rise, % more", "time to equal loss"]
+    title = (
+        "What several draws of timestep and noise for each encoding buy in the same time, which is counted in PGD "
+        "steps of one draw (draws-time.md). Loss: of a model that was trained on the person's own photos, on the "
+        f"cloaked ones, mean over people and over {HELD_OUT} draws that no attack saw. Rise: how much more the loss "
+        "rises over that of the clean photos than with one draw and the same rule, mean and range over people. "
+        "Time to equal loss: until the loss of one draw is reached, as a share of its time, median and range. "
+        "Attack: PGD on that model itself (fixed) or on ASPL's surrogate; steps along the sign as published, with "
+        "a size that falls to nothing, or with momentum."
+    )
+    print(write(args.output, "draws", title, header, rows))
 
 
 def at(curve: Curve, when: float) -> float:
@@ -248,11 +244,6 @@ def reached(curve: Curve, loss: float) -> float:
         if low <= loss <= high:
             return before + (after - before) * (loss - low) / (high - low)
     return math.inf
-
-
-def spread(values: list[float]) -> str:
-    """Mean and range."""
-    return f"{mean(values):+.1f} ({min(values):+.1f} to {max(values):+.1f})"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
