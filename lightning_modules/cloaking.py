@@ -59,6 +59,7 @@ class Cloaking(BackboneModule):
         step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
         pgd_steps: PGD steps in a round.
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
+        draws: of timestep and noise for each time that photos are encoded; a step goes along their mean gradient.
         objective: what the perturbation maximises: Denoising (when not given), Targeted, Transformed.
         step_rule: what a PGD step does with the gradient: Sign (when not given), Momentum, NormalizedL2; each has a
             schedule of the step size and a random start.
@@ -81,6 +82,7 @@ class Cloaking(BackboneModule):
         step_size: float | None = None,
         pgd_steps: int = 6,
         micro_batch: int = 4,
+        draws: int = 1,
         objective: Objective | None = None,
         step_rule: StepRule | None = None,
         ensemble: Ensemble = Ensemble(),
@@ -96,6 +98,7 @@ class Cloaking(BackboneModule):
             step_rule=step_rule or Sign(),
             pgd_steps=pgd_steps,
             micro_batch=micro_batch,
+            draws=draws,
             objective=objective,
             offload=ensemble.offload,
         )

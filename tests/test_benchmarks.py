@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from antidreambooth.diffusion.seeding import Turn
-from benchmarks import first_gpu, gpu_speed, memory
+from benchmarks import draws, first_gpu, gpu_speed, memory
 from benchmarks.aspl_speed import count, multiply, schedule, totals
 from benchmarks.counting import Counter, NoModules, cuda_autocast, fake, measured
 from benchmarks.host import waits
@@ -239,3 +239,35 @@ def test_a_part_of_the_script_for_the_first_gpu_runs_anywhere(tmp_path, name, mo
     claims = json.loads((tmp_path / "work" / f"{name}.json").read_text())
     assert all(claim["holds"] for claim in claims), claims
     assert len(claims) == {"machine": 0, "victim-full": 2, "distance": 1, "real-size": 2, "profile": 0}[name]
+
+
+def test_a_curve_is_read_between_its_points():
+    curve = [(0.0, 1.0), (10.0, 3.0), (20.0, 3.5)]
+    assert [draws.at(curve, when) for when in (0, 5, 10, 16, 30)] == [1.0, 2.0, 3.0, 3.3, 3.5]
+    assert [draws.reached(curve, loss) for loss in (1.0, 2.0, 3.25, 4.0)] == [0.0, 5.0, 15.0, float("inf")]
+
+
+def test_time_to_equal_loss_is_a_share_of_the_time_of_one_draw(tmp_path):
+    (tmp_path / "draws-time.csv").write_text("draws,median x\n1,1.0\n2,1.5\n")
+    rows = [(1, 0, 0.0), (1, 30, 0.3), (2, 0, 0.0), (2, 10, 0.3), (2, 20, 0.45)]  # of two draws 15 and 30 times one
+    lines = [f"fixed,sign,{number},1,0,{steps},{loss}" for number, steps, loss in rows]
+    (tmp_path / "draws-losses.csv").write_text("\n".join([",".join([*draws.Key._fields, "steps", "loss"]), *lines]))
+    draws.main(["compare", f"--output={tmp_path}"])
+    one, two = read_table(tmp_path / "draws.csv")
+    assert (one["loss"], two["loss at half-time"], two["loss"]) == ("0.3000", "0.3000", "0.4500")
+    assert two["rise, % more"].startswith("+50.0 ")
+    assert two["time to equal loss"].startswith("0.50 ")
+
+
+@pytest.mark.slow
+def test_the_script_on_draws_runs_from_photos_to_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(draws, "YARDSTICK", 2)
+    monkeypatch.setattr(draws, "HELD_OUT", 2)
+    where = ["--draws", "1", "2", f"--output={tmp_path}"]
+    draws.main(["time", "--steps=1", "--repeats=1", *where])
+    losses = ["losses", str(ROOT / "examples" / "photos"), "--budget=2", "--points=1", *where]
+    for flags in ([], ["--alternating", "--rule=momentum"], []):  # the second time there is nothing left to do
+        draws.main([*losses, *flags])
+    assert len(read_table(tmp_path / "draws-losses.csv")) == 2 * 2 * 2
+    draws.main(["compare", f"--output={tmp_path}"])
+    assert [row["attack"] for row in read_table(tmp_path / "draws.csv")] == ["ASPL, momentum"] * 2 + ["fixed, sign"] * 2

@@ -125,6 +125,7 @@ FALLING = ["--model.step_rule.schedule=linear", "--model.step_rule.random_start=
     [
         ("aspl", LORA, {"adaptation": LoRA(rank=2)}),
         ("aspl", ["--model.micro_batch=1"], {"micro_batch": 1}),
+        ("aspl", ["--model.draws=2"], {"draws": 2}),
         (
             "aspl",
             ["--model.surrogate.gradient_checkpointing=true", "--model.surrogate.instance_prompt=a photo of t@t man"],
@@ -139,7 +140,7 @@ FALLING = ["--model.step_rule.schedule=linear", "--model.step_rule.random_start=
             {"step_rule": Momentum(0.9, schedule="linear", random_start=True)},
         ),
     ],
-    ids=["lora", "micro-batch", "checkpointing-prompt", "offload", "prompt", "l2", "momentum"],
+    ids=["lora", "micro-batch", "draws", "checkpointing-prompt", "offload", "prompt", "l2", "momentum"],
 )
 def test_a_notebook_sets_what_the_command_line_sets(
     command, config, flags, settings, small_model, small_v_model, photos, tmp_path, monkeypatch
@@ -162,12 +163,14 @@ def test_a_notebook_sets_what_the_command_line_sets(
 
 
 @pytest.mark.parametrize(
-    "flags", [["--model.step_rule=Momentum", *FALLING], ["--model.step_rule=NormalizedL2"]], ids=["momentum", "l2"]
+    "flags",
+    [["--model.step_rule=Momentum", *FALLING], ["--model.step_rule=NormalizedL2"], ["--model.draws=2"]],
+    ids=["momentum", "l2", "draws"],
 )
 @pytest.mark.parametrize(
     "config", ["aspl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("e-aspl", "advdm"))]
 )
-def test_what_a_step_rule_remembers_is_resumed_bit_for_bit(command, config, flags, tmp_path, noted):
+def test_steps_of_another_kind_are_resumed_bit_for_bit(command, config, flags, tmp_path, noted):
     main(command(*flags, config=config, rounds=3, out="whole"))
     interrupt = "--trainer.callbacks+=tests.lightning_modules.told.Told"
     told = [interrupt, f"--trainer.callbacks.number={int(signal.SIGTERM)}", "--trainer.callbacks.epoch=0"]
@@ -179,6 +182,13 @@ def test_what_a_step_rule_remembers_is_resumed_bit_for_bit(command, config, flag
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
     main(command(config=config, rounds=3, out="plain"))
     assert files(tmp_path / "whole")["a.png"] != files(tmp_path / "plain")["a.png"]
+
+
+def test_the_number_of_draws_is_recorded_and_is_not_changed_on_the_way(command, tmp_path):
+    main(command("--model.draws=2"))
+    assert manifest(tmp_path / "out")["settings"]["model"]["draws"] == 2
+    with pytest.raises(SystemExit, match="draws: 2 then, 3 now"):
+        main(command("--model.draws=3", "--ckpt_path=last", rounds=4))
 
 
 def test_a_falling_step_size_knows_the_runs_end(command, tmp_path):

@@ -70,6 +70,7 @@ class Settings:
         step_rule: what a PGD step does with the gradient.
         pgd_steps: PGD steps in a round; the method's own when not given.
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
+        draws: of timestep and noise for each time that photos are encoded; a step goes along their mean gradient.
         objective: what the perturbation maximises; the method's own when not given.
         training: how an alternating surrogate learns; of a model that does not learn only its checkpointing counts.
         adaptation: what of an alternating surrogate learns: ``Full`` or, for less memory, ``LoRA``.
@@ -83,6 +84,7 @@ class Settings:
     step_rule: StepRule = field(default_factory=Sign)
     pgd_steps: int | None = None
     micro_batch: int = 4
+    draws: int = 1
     objective: Objective | None = None
     training: DreamBooth = field(default_factory=DreamBooth)
     adaptation: Adaptation = field(default_factory=Full)
@@ -112,6 +114,7 @@ class Assembly:
             step_size=chosen.step_size,
             steps=given(chosen.pgd_steps, method.pgd_steps),
             micro_batch=chosen.micro_batch,
+            draws=chosen.draws,
             objective=chosen.objective or method.objective(),
             rule=chosen.step_rule,
             reduce=reduce,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from antidreambooth.attack.targets import require_target, target_image
 from antidreambooth.attack.transforms import Transform
-from antidreambooth.diffusion.backbone import Backbone, squared_distance
+from antidreambooth.diffusion.backbone import Backbone, Posterior, squared_distance
 from antidreambooth.diffusion.draws import Draw, TimestepSampler, Uniform
 from antidreambooth.errors import InputError
 
@@ -29,15 +29,22 @@ class Objective(ABC):
     def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
         """The randomness of one evaluation, for all images."""
 
+    def encode(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], draw: Draw) -> Posterior:
+        """What all draws of timestep and noise have in common: the latents' posterior of images in [-1, 1].
+
+        Computed once a step, whatever the number of draws; differentiable in the pixels.
+        """
+        return backbone.encode(images)
+
     @abstractmethod
     def __call__(
         self,
         backbone: Backbone,
-        images: Float[Tensor, "n 3 h w"],
+        posterior: Posterior,
         embedding: Float[Tensor, "1 length width"],
         draw: Draw,
     ) -> Float[Tensor, " n"]:
-        """The objective of each image in [-1, 1], differentiable in the pixels."""
+        """The objective of each image, from what ``encode`` made of it; differentiable in the posterior."""
 
 
 class Denoising(Objective):
@@ -61,13 +68,13 @@ class Denoising(Objective):
     def __call__(
         self,
         backbone: Backbone,
-        images: Float[Tensor, "n 3 h w"],
+        posterior: Posterior,
         embedding: Float[Tensor, "1 length width"],
         draw: Draw,
     ) -> Float[Tensor, " n"]:
         """The denoising loss of each image."""
-        latents = backbone.encode(images).sample(draw.posterior_noise)
-        return backbone.denoising_loss(latents, draw.timesteps, draw.noise, embedding.expand(len(images), -1, -1))
+        latents = posterior.sample(draw.posterior_noise)
+        return backbone.denoising_loss(latents, draw.timesteps, draw.noise, embedding.expand(len(latents), -1, -1))
 
 
 class Targeted(Denoising):
@@ -94,7 +101,7 @@ class Targeted(Denoising):
 
     def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:
         """The target's latent."""
-        self._goal(backbone, images)
+        self._goal(backbone, images.shape[-1], images)
 
     def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
         """As for the denoising loss, with a level before each drawn one."""
@@ -104,30 +111,31 @@ class Targeted(Denoising):
     def __call__(
         self,
         backbone: Backbone,
-        images: Float[Tensor, "n 3 h w"],
+        posterior: Posterior,
         embedding: Float[Tensor, "1 length width"],
         draw: Draw,
     ) -> Float[Tensor, " n"]:
         """The denoising loss of each image less its distance from the target after one reverse step."""
-        latents = backbone.encode(images).sample(draw.posterior_noise)
+        latents = posterior.sample(draw.posterior_noise)
         noisy = backbone.add_noise(latents, draw.timesteps, draw.noise)
-        prediction = backbone.predict(noisy, draw.timesteps, embedding.expand(len(images), -1, -1))
+        prediction = backbone.predict(noisy, draw.timesteps, embedding.expand(len(latents), -1, -1))
         loss = squared_distance(prediction, backbone.target(latents, draw.timesteps, draw.noise))
-        goal = backbone.add_noise(self._goal(backbone, images).expand_as(latents), draw.timesteps - 1, draw.noise)
+        target = self._goal(backbone, latents.shape[-1] * backbone.downscale, latents)
+        goal = backbone.add_noise(target.expand_as(latents), draw.timesteps - 1, draw.noise)
         return loss - squared_distance(backbone.denoise_once(noisy, draw.timesteps, prediction), goal)
 
-    def _goal(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "1 c rows columns"]:
-        """The target's latent, computed once for each base model."""
+    def _goal(self, backbone: Backbone, side: int, like: Tensor) -> Float[Tensor, "1 c rows columns"]:
+        """The latent of the target at ``side`` pixels, computed once for each base model where ``like`` is."""
         if self._latents is None:
             self._latents = WeakKeyDictionary()
         if backbone not in self._latents:
-            picture = target_image(self.target, images.shape[-1]).to(images)
+            picture = target_image(self.target, side).to(like)
             self._latents[backbone] = backbone.encode_all(picture, 1).mean
         return self._latents[backbone]
 
 
 class Transformed(Objective):
-    """Another objective through random transforms, one draw a step: expectation over transforms (arXiv:1707.07397).
+    """Another objective through random transforms, drawn once a step: expectation over transforms (arXiv:1707.07397).
 
     Args:
         transforms: in the order in which a photo goes through them.
@@ -149,15 +157,19 @@ class Transformed(Objective):
         drawn = self.objective.draw(backbone, images, generator)
         return replace(drawn, transforms=numbers + drawn.transforms)
 
+    def encode(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], draw: Draw) -> Posterior:
+        """The posterior of the transformed images."""
+        own = len(self.transforms)
+        for transform, numbers in zip(self.transforms, draw.transforms[:own], strict=True):
+            images = transform(images, numbers)
+        return self.objective.encode(backbone, images, replace(draw, transforms=draw.transforms[own:]))
+
     def __call__(
         self,
         backbone: Backbone,
-        images: Float[Tensor, "n 3 h w"],
+        posterior: Posterior,
         embedding: Float[Tensor, "1 length width"],
         draw: Draw,
     ) -> Float[Tensor, " n"]:
         """The objective of each transformed image."""
-        own = len(self.transforms)
-        for transform, numbers in zip(self.transforms, draw.transforms[:own], strict=True):
-            images = transform(images, numbers)
-        return self.objective(backbone, images, embedding, replace(draw, transforms=draw.transforms[own:]))
+        return self.objective(backbone, posterior, embedding, draw)

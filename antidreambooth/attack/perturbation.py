@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from antidreambooth.attack.objectives import Denoising, Objective
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
-from antidreambooth.diffusion.backbone import Backbone, frozen
+from antidreambooth.diffusion.backbone import Backbone, Posterior, frozen
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import require
@@ -45,21 +45,30 @@ def pixel_gradient(
     backbone: Backbone,
     images: Float[Tensor, "n 3 h w"],
     embedding: Float[Tensor, "1 length width"],
-    draw: Draw,
+    draws: Sequence[Draw],
     micro_batch: int,
 ) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, ""]]:
-    """Gradient of the mean objective with respect to the pixels, and that mean.
+    """Gradient of the objective's mean over images and draws with respect to the pixels, and that mean.
 
-    Memory grows with ``micro_batch``, not with the number of images; the result does not depend on it.
+    The encoder is passed once each way, however many draws there are: their gradients are summed in the posterior's
+    mean and standard deviation, and the sum goes back to the pixels. Transforms are those of the first draw.
+
+    Memory grows with ``micro_batch``, not with the number of images or draws; the result does not depend on it.
     """
     gradients: list[Tensor] = []
     values: list[Tensor] = []
     for start in range(0, len(images), micro_batch):
         rows = slice(start, start + micro_batch)
         pixels = images[rows].detach().requires_grad_()
-        value = objective(backbone, pixels, embedding, draw.rows(rows)).sum() / len(images)
-        gradients += torch.autograd.grad(value, pixels)
-        values.append(value.detach())
+        posterior = objective.encode(backbone, pixels, draws[0].rows(rows))
+        leaves = Posterior(*(part.detach().requires_grad_() for part in posterior))
+        sums = [torch.zeros_like(part) for part in posterior]
+        for draw in draws:
+            value = objective(backbone, leaves, embedding, draw.rows(rows)).sum() / (len(images) * len(draws))
+            parts = torch.autograd.grad(value, leaves, materialize_grads=True)
+            sums = [total + part for total, part in zip(sums, parts, strict=True)]
+            values.append(value.detach())
+        gradients += torch.autograd.grad(posterior, pixels, sums)
     return torch.cat(gradients), torch.stack(values).sum()
 
 
@@ -81,6 +90,8 @@ class PGD:
         step_size: change per step, in 8-bit steps; a tenth of the budget when not given (the published ratio).
         steps: steps per call.
         micro_batch: photos whose gradient is taken at a time.
+        draws: of timestep and noise, over which each step's gradient is averaged; photos are encoded once for all of
+            them. One as published; more is expectation over the model's noise (as arXiv:1707.07397 over transforms).
         objective: what to climb.
         rule: what a step does with the gradient; its sign, as published, when not given.
         reduce: averages the gradient over processes.
@@ -90,6 +101,7 @@ class PGD:
     step_size: float | None = None
     steps: int = 6
     micro_batch: int = 4
+    draws: int = 1
     objective: Objective = field(default_factory=Denoising)
     rule: StepRule = field(default_factory=Sign)
     reduce: Callable[[Tensor], Tensor] = alone
@@ -99,6 +111,7 @@ class PGD:
         require("step_size", self.step_size, above=0, most=255, unit="in 8-bit steps")
         require("pgd_steps", self.steps, 1)  # as whoever gives it calls it
         require("micro_batch", self.micro_batch, 1)
+        require("draws", self.draws, 1)
 
     @property
     def effective_step_size(self) -> float:
@@ -145,8 +158,8 @@ class PGD:
         with frozen(backbone):
             embedding = surrogate.prompt_embedding()
             for number in range(self.steps):
-                draw = self.objective.draw(backbone, cloaked, generator)
-                gradient, value = pixel_gradient(self.objective, backbone, cloaked, embedding, draw, self.micro_batch)
+                draws = [self.objective.draw(backbone, cloaked, generator) for _ in range(self.draws)]
+                gradient, value = pixel_gradient(self.objective, backbone, cloaked, embedding, draws, self.micro_batch)
                 gradient = self.reduce(gradient)
                 direction, memory = self.rule.direction(gradient, memory)
                 step = size * self.rule.factor(turn.progress(number / self.steps))

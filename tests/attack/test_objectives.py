@@ -21,6 +21,10 @@ from tests.conftest import random_images
 PROMPT = "a photo of sks person"
 
 
+def value(objective, backbone, images, embedding, draw):
+    return objective(backbone, objective.encode(backbone, images, draw), embedding, draw)
+
+
 def generator():
     return Turn(0).generator(torch.device("cpu"))
 
@@ -41,8 +45,8 @@ def test_targeted_is_the_loss_less_the_distance_from_the_noised_target(any_backb
     embedding = any_backbone.embed([PROMPT]).detach()
     draw = objective.draw(any_backbone, images, generator())
     with torch.no_grad():
-        actual = objective(any_backbone, images, embedding, draw)
-        loss = Denoising()(any_backbone, images, embedding, draw)
+        actual = value(objective, any_backbone, images, embedding, draw)
+        loss = value(Denoising(), any_backbone, images, embedding, draw)
         latents = any_backbone.encode(images).sample(draw.posterior_noise)
         noisy = any_backbone.scheduler.add_noise(latents, draw.noise, draw.timesteps)
         out = any_backbone.unet(noisy, draw.timesteps, embedding.expand(3, -1, -1)).sample
@@ -66,10 +70,10 @@ def test_targeted_pgd_raises_its_objective(backbone):
     originals, objective = to_float(random_images(2)) * 0.5, Targeted("checkerboard")
     embedding = backbone.embed([PROMPT]).detach()
     draw = objective.draw(backbone, originals, generator())
-    before = objective(backbone, originals, embedding, draw).mean()
+    before = value(objective, backbone, originals, embedding, draw).mean()
     attack = PGD(steps=30, objective=objective)
     cloaked = attack(Fixed(backbone, PROMPT), originals, originals, Turn(0), generator()).images
-    assert objective(backbone, cloaked, embedding, draw).mean() > before
+    assert value(objective, backbone, cloaked, embedding, draw).mean() > before
 
 
 def test_a_target_belongs_to_each_model(small_model, small_v_model):
@@ -78,9 +82,9 @@ def test_a_target_belongs_to_each_model(small_model, small_v_model):
     first, second = load_backbone(str(small_model)), load_backbone(str(small_v_model))
     with torch.no_grad():
         second.vae.encoder.conv_in.weight.mul_(2)
-    goals = [objective._goal(model, images) for model in (first, second)]
+    goals = [objective._goal(model, 16, images) for model in (first, second)]
     assert not torch.equal(*goals)
-    assert torch.equal(objective._goal(first, images), goals[0])
+    assert torch.equal(objective._goal(first, 16, images), goals[0])
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -99,7 +103,7 @@ def test_a_target_can_be_a_picture(tmp_path, backbone):
     assert picture.shape == (1, 3, 16, 16)
     assert picture[0, :, 8, 8].tolist() == [1, -1, -1]
     images = to_float(random_images(2))
-    assert not torch.equal(Targeted(str(path))._goal(backbone, images), Targeted()._goal(backbone, images))
+    assert not torch.equal(Targeted(str(path))._goal(backbone, 16, images), Targeted()._goal(backbone, 16, images))
 
 
 def test_a_target_that_is_none_is_refused_at_once():
@@ -155,9 +159,9 @@ def test_transforms_are_gone_through_in_their_order(backbone):
     objective = Transformed([crop, flip], inner)
     draw, embedding = objective.draw(backbone, images, generator()), backbone.embed([PROMPT]).detach()
     with torch.no_grad():
-        wanted = inner(backbone, flip(crop(images, draw.transforms[0]), draw.transforms[1]), embedding, draw)
-        plain = inner(backbone, images, embedding, draw)
-        actual = objective(backbone, images, embedding, draw)
+        wanted = value(inner, backbone, flip(crop(images, draw.transforms[0]), draw.transforms[1]), embedding, draw)
+        plain = value(inner, backbone, images, embedding, draw)
+        actual = value(objective, backbone, images, embedding, draw)
     torch.testing.assert_close(actual, wanted)
     assert not torch.allclose(actual, plain)
 
@@ -167,7 +171,7 @@ def test_nested_transforms_each_get_their_own_numbers(backbone):
     nested, flat = Transformed([Flip()], Transformed([Crop()])), Transformed([Flip(), Crop()])
     embedding = backbone.embed([PROMPT]).detach()
     with torch.no_grad():
-        values = [o(backbone, images, embedding, o.draw(backbone, images, generator())) for o in (nested, flat)]
+        values = [value(o, backbone, images, embedding, o.draw(backbone, images, generator())) for o in (nested, flat)]
     torch.testing.assert_close(*values)
 
 

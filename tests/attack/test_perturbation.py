@@ -1,10 +1,13 @@
 """Projection, pixel gradient, PGD."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from antidreambooth.attack.cost import counted
 from antidreambooth.attack.objectives import Denoising, Targeted, Transformed
 from antidreambooth.attack.perturbation import PGD, STEP, pixel_gradient, project
 from antidreambooth.attack.surrogates import Fixed
@@ -45,7 +48,7 @@ def gradient(backbone, images, micro_batch):
     objective = Denoising()
     draw = objective.draw(backbone, images, Turn(0).generator(images.device))
     embedding = backbone.embed(["a photo of sks person"])
-    return pixel_gradient(objective, backbone, images, embedding, draw, micro_batch)
+    return pixel_gradient(objective, backbone, images, embedding, [draw], micro_batch)
 
 
 OBJECTIVES = {
@@ -65,11 +68,11 @@ def test_pixel_gradient_is_that_of_a_finite_difference(any_backbone, objective):
 
     def value(x):
         with torch.no_grad():
-            return objective(any_backbone, x, embedding, draw).mean()
+            return objective(any_backbone, objective.encode(any_backbone, x, draw), embedding, draw).mean()
 
     h = 1e-6
     expected = (value(images + h * direction) - value(images - h * direction)) / (2 * h)
-    actual, same = pixel_gradient(objective, any_backbone, images, embedding, draw, 2)
+    actual, same = pixel_gradient(objective, any_backbone, images, embedding, [draw], 2)
     assert actual.dtype == torch.float64
     torch.testing.assert_close(same, value(images))
     torch.testing.assert_close((actual * direction).sum(), expected, rtol=1e-5, atol=1e-9)
@@ -81,10 +84,52 @@ def test_micro_batches_do_not_change_the_gradient(any_backbone, objective, micro
     images = to_float(random_images(5))
     draw = objective.draw(any_backbone, images, Turn(0).generator(images.device))
     embedding = any_backbone.embed([PROMPT]).detach()
-    expected, value = pixel_gradient(objective, any_backbone, images, embedding, draw, 5)
-    actual, same_value = pixel_gradient(objective, any_backbone, images, embedding, draw, micro_batch)
+    expected, value = pixel_gradient(objective, any_backbone, images, embedding, [draw], 5)
+    actual, same_value = pixel_gradient(objective, any_backbone, images, embedding, [draw], micro_batch)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(same_value, value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_several_draws_give_the_mean_of_their_gradients_for_one_pass_through_the_encoder(any_backbone, objective):
+    any_backbone.double()
+    images, generator = to_float(random_images(3)).double(), Turn(0).generator(torch.device("cpu"))
+    first, *others = (objective.draw(any_backbone, images, generator) for _ in range(3))
+    draws = [first, *(replace(draw, transforms=first.transforms) for draw in others)]
+    embedding = any_backbone.embed([PROMPT]).detach()
+    each = [pixel_gradient(objective, any_backbone, images, embedding, [draw], 2) for draw in draws]
+    gradients, values = (torch.stack(parts) for parts in zip(*each, strict=True))
+    assert not torch.allclose(gradients[0], gradients[1])
+
+    back: list[int] = []
+
+    def passed(module, inputs, output):
+        output.register_hook(lambda gradient: back.append(len(gradient)))
+
+    with any_backbone.vae.encoder.conv_in.register_forward_hook(passed), counted([any_backbone]) as passes:
+        gradient, value = pixel_gradient(objective, any_backbone, images, embedding, draws, 2)
+    torch.testing.assert_close(gradient, gradients.mean(dim=0), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(value, values.mean())
+    assert (passes.encoder, passes.unet, back) == (3, 9, [2, 1])
+
+
+def test_a_step_goes_along_the_mean_of_draws_that_differ(backbone):
+    """The step rule gets the gradient of as many draws from the round's generator, one after the other."""
+    originals, seen = to_float(random_images(2)) * 0.5, []
+
+    def kept(gradient):
+        seen.append(gradient)
+        return gradient
+
+    attack = PGD(steps=2, draws=3, reduce=kept)
+    attack(Fixed(backbone, PROMPT), originals, originals, Turn(0), torch.Generator().manual_seed(0))
+    generator, objective = torch.Generator().manual_seed(0), Denoising()
+    draws = [objective.draw(backbone, originals, generator) for _ in range(3)]
+    embedding = backbone.embed([PROMPT]).detach()
+    each = [pixel_gradient(objective, backbone, originals, embedding, [draw], 4)[0] for draw in draws]
+    assert len(seen) == 2  # once a step, so that ranks send no more messages
+    torch.testing.assert_close(seen[0], torch.stack(each).mean(dim=0), rtol=1e-4, atol=1e-8)
+    assert not torch.allclose(each[0], each[1])
 
 
 PROMPT = "a photo of sks person"
@@ -130,7 +175,13 @@ def test_the_gradient_is_averaged_over_processes(backbone):
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"budget": 0.5}, "0.5"), ({"budget": 300.0}, "300"), ({"step_size": 0.0}, "0.0"), ({"micro_batch": 0}, "micro")],
+    [
+        ({"budget": 0.5}, "0.5"),
+        ({"budget": 300.0}, "300"),
+        ({"step_size": 0.0}, "0.0"),
+        ({"micro_batch": 0}, "micro"),
+        ({"draws": 0}, "draws"),
+    ],
 )
 def test_impossible_settings_are_refused(settings, named):
     with pytest.raises(InputError, match=named):

@@ -225,15 +225,15 @@ def spoil_rate(surrogate):
 class Flat(Denoising):
     """Nothing to climb."""
 
-    def __call__(self, backbone, images, embedding, draw):
-        return (0 * images).sum(dim=(1, 2, 3)) + 1
+    def __call__(self, backbone, posterior, embedding, draw):
+        return (0 * posterior.mean).sum(dim=(1, 2, 3)) + 1
 
 
 class Steep(Denoising):
     """A finite value with a gradient that is not."""
 
-    def __call__(self, backbone, images, embedding, draw):
-        return (images - images.detach()).abs().sqrt().sum(dim=(1, 2, 3)) + 1
+    def __call__(self, backbone, posterior, embedding, draw):
+        return (posterior.mean - posterior.mean.detach()).abs().sqrt().sum(dim=(1, 2, 3)) + 1
 
 
 @pytest.mark.parametrize(

@@ -90,5 +90,8 @@ def test_passes_are_counted_in_images(backbone):
         alternate([surrogate], originals, originals, PGD(micro_batch=3), Turn(0))
     assert passes.unet == 6 * 4 + 6 * 4
     assert passes.encoder == 6 * 4 + 4
+    with counted([backbone]) as several:
+        alternate([surrogate], originals, originals, PGD(micro_batch=3, draws=3), Turn(0))
+    assert (several.unet, several.encoder) == (6 * 4 + 3 * 6 * 4, passes.encoder)
     alternate([surrogate], originals, originals, PGD(), Turn(1))
     assert passes.encoder == 28  # nothing is counted afterwards

@@ -79,7 +79,7 @@ class Several:
             parts = []
             for generator in self.generators:
                 draw = Denoising().draw(self.backbone, cloaked, generator)
-                parts.append(pixel_gradient(Denoising(), self.backbone, cloaked, embedding, draw, 4)[0])
+                parts.append(pixel_gradient(Denoising(), self.backbone, cloaked, embedding, [draw], 4)[0])
             low, high = (originals - 8 * STEP).clamp(min=-1), (originals + 8 * STEP).clamp(max=1)
             cloaked = (cloaked + 0.8 * STEP * torch.stack(parts).mean(dim=0).sign()).clamp(low, high)
         return cloaked
