@@ -162,7 +162,7 @@ class Ours:
         if best and args.channels_last:
             backbone.to(memory_format=torch.channels_last)
         if best and args.checkpointing:
-            backbone.enable_gradient_checkpointing()
+            backbone.checkpoint(True)
         if best and args.compile:
             backbone.unet.compile()
             backbone.vae.encoder.compile()

@@ -145,9 +145,8 @@ class Assembly:
         self.backbones = list(backbones)
         if not self.learns:
             self.prompts = list(prompts or [given(chosen.prompt, self._usual_prompt(one)) for one in backbones])
-            if chosen.training.gradient_checkpointing:
-                for backbone in self.backbones:
-                    backbone.enable_gradient_checkpointing()
+            for backbone in self.backbones:
+                backbone.checkpoint(chosen.training.gradient_checkpointing)
             return
         for backbone in self.backbones:
             training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)

@@ -15,6 +15,7 @@ from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, frozen
 from antidreambooth.diffusion.draws import Draw
+from antidreambooth.diffusion.precision import cast_once
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import require
 
@@ -142,7 +143,7 @@ class PGD:
         backbone = surrogate.backbone
         memory = self.rule.begin(originals) if memory is None or not self.rule.lasting else memory
         total, slope = torch.zeros((2,), device=originals.device)
-        with frozen(backbone):
+        with frozen(backbone), cast_once(backbone.unet, backbone.vae.encoder):
             embedding = surrogate.prompt_embedding()
             for number in range(self.steps):
                 draw = self.objective.draw(backbone, cloaked, generator)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.defaults import given
+from antidreambooth.diffusion.precision import cast_once
 from antidreambooth.diffusion.seeding import Turn
-from antidreambooth.finetuning.dreambooth import DreamBooth, dreambooth_loss, training_mode
+from antidreambooth.finetuning.dreambooth import DreamBooth, dreambooth_loss, still_prompts, training_mode
 from antidreambooth.finetuning.weights import Weights
 
 
@@ -131,10 +132,12 @@ class Alternating:
         classes = turn.batches(steps, size, len(self.classes.mean), where) if self.classes else batches
         total = torch.zeros((), device=instances.mean.device)
         self.weights.forget()  # whoever writes a checkpoint may have filled in moments
-        with training_mode(self.backbone, self.training):
+        backbone, training = self.backbone, self.training
+        prompts = still_prompts(backbone, training, self.classes is not None)
+        with training_mode(backbone, training), cast_once(backbone.unet):
             for batch, class_batch in zip(batches, classes, strict=True):
                 others = self.classes.rows(class_batch) if self.classes else None
-                loss = dreambooth_loss(self.backbone, self.training, instances.rows(batch), others, generator)
+                loss = dreambooth_loss(backbone, training, instances.rows(batch), others, generator, prompts)
                 self.weights.step(loss)
                 total = total + loss.detach()
         self.weights.forget()

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from antidreambooth.diffusion.backbone import Backbone, Posterior, precise
+from antidreambooth.diffusion.backbone import Backbone, Checkpointing, Posterior, precise
 from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.precision import made_on_cpu
 from antidreambooth.errors import InputError, first_line
@@ -99,10 +99,12 @@ class StableDiffusion(Backbone):
         """u(z_t, t, c) in fp32: the noise or v, whichever the model predicts."""
         return precise(self.unet(noisy, timesteps, embeddings).sample)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes activations of the U-Net and the VAE in the backward pass (the text encoder's are small)."""
-        self.unet.enable_gradient_checkpointing()
-        self.vae.enable_gradient_checkpointing()
+    def checkpoint(self, which: Checkpointing) -> None:
+        """Recomputes activations of U-Net and VAE, or of the VAE alone (the text encoder's are small)."""
+        if which:
+            self.vae.enable_gradient_checkpointing()
+        if which is True:
+            self.unet.enable_gradient_checkpointing()
 
     def pipeline(self) -> StableDiffusionPipeline:
         """A diffusers pipeline around these very modules, with a DDIM sampler and no progress bar."""
