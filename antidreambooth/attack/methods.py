@@ -20,6 +20,7 @@ from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded, Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.defaults import given
+from antidreambooth.diffusion.execution import Execution
 from antidreambooth.finetuning.adaptation import Adaptation
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
@@ -76,6 +77,7 @@ class Settings:
         prompt: what a model that does not learn is asked for. When not given: what DreamBooth calls the person, if the
             model was trained on them, and the model's own class prompt, if it is untouched.
         offload: whether only the base model at work is on the device, and the others rest in main memory.
+        execution: how the networks are run, for speed or memory.
     """
 
     budget: float = 8.0
@@ -88,6 +90,7 @@ class Settings:
     adaptation: Adaptation = field(default_factory=Full)
     prompt: str | None = None
     offload: bool = False
+    execution: Execution = field(default_factory=Execution)
 
 
 class Assembly:
@@ -145,14 +148,15 @@ class Assembly:
         self.backbones = list(backbones)
         if not self.learns:
             self.prompts = list(prompts or [given(chosen.prompt, self._usual_prompt(one)) for one in backbones])
-            for backbone in self.backbones:
-                backbone.checkpoint(chosen.training.gradient_checkpointing)
-            return
         for backbone in self.backbones:
-            training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)
-            self.trainings.append(training)
-            self.classes.append(class_latents(backbone, training.prior) if training.prior.weight else None)
-            chosen.adaptation.apply(backbone, training, seed)
+            if self.learns:
+                training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)
+                self.trainings.append(training)
+                self.classes.append(class_latents(backbone, training.prior) if training.prior.weight else None)
+                chosen.adaptation.apply(backbone, training, seed)
+            else:
+                backbone.checkpoint(chosen.training.gradient_checkpointing)
+            chosen.execution.prepare(backbone)
 
     def groups(self) -> list[dict[str, Any]]:
         """AdamW's parameter groups: what the surrogates learn with, each at its own learning rate."""
@@ -175,6 +179,8 @@ class Assembly:
         for number, backbone in enumerate(self.backbones):
             surrogate = self._surrogate(number, clean, lend)
             self.attack.objective.prepare(backbone, originals)
+            if self.settings.execution.decoder_rests:
+                backbone.rest_decoder()
             made.append(Offloaded(surrogate, originals.device) if self.settings.offload else surrogate)
         return made
 

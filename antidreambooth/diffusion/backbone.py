@@ -105,6 +105,18 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """What denoiser and encoder consist of mostly: the parts that are worth compiling, none inside another."""
+
+    @abstractmethod
+    def attend_by_products(self) -> None:
+        """Computes the encoder's attention by plain matrix products, where fused kernels are slow."""
+
+    @abstractmethod
+    def rest_decoder(self) -> None:
+        """Keeps the decoder in main memory from now on; ``decode`` has it on the device while it is at work."""
+
+    @abstractmethod
     def pipeline(self) -> Any:
         """The family's official diffusers pipeline around these very modules, without a progress bar."""
 

@@ -98,7 +98,7 @@ def zeros_like(weights: Sequence[Tensor]) -> list[Tensor]:
     buckets: list[list[Tensor]] = []
     room = 0
     for weight in weights:
-        if weight.numel() > room:
+        if not buckets or weight.numel() > room:
             buckets.append([])
             room = BUCKET
         buckets[-1].append(weight)
@@ -106,7 +106,7 @@ def zeros_like(weights: Sequence[Tensor]) -> list[Tensor]:
     made: list[Tensor] = []
     for bucket in buckets:
         flat = bucket[0].new_zeros(sum(map(_spread, bucket)))
-        for weight, part in zip(bucket, flat.split([_spread(weight) for weight in bucket]), strict=True):
+        for weight, part in zip(bucket, torch.split(flat, [*map(_spread, bucket)]), strict=True):
             made.append(part.as_strided(weight.shape, weight.stride(), part.storage_offset()))
     return made
 

@@ -13,7 +13,7 @@ from antidreambooth.attack.objectives import Denoising
 from antidreambooth.attack.perturbation import PGD, STEP
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.attack.surrogates import Alternating
-from antidreambooth.diffusion.backbone import Posterior
+from antidreambooth.diffusion.backbone import Checkpointing, Posterior
 from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.seeding import Turn
@@ -156,7 +156,12 @@ def test_the_text_encoder_can_stay_frozen(backbone):
 
 def test_gradient_checkpointing_changes_nothing(small_model):
     results = []
-    for which, networks in ((False, (False, False)), ("vae", (False, True)), (True, (True, True))):
+    choices: list[tuple[Checkpointing, tuple[bool, bool]]] = [
+        (False, (False, False)),
+        ("vae", (False, True)),
+        (True, (True, True)),
+    ]
+    for which, networks in choices:
         backbone = load_backbone(str(small_model))
         backbone.checkpoint(which)
         assert (backbone.unet.is_gradient_checkpointing, backbone.vae.is_gradient_checkpointing) == networks
