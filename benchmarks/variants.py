@@ -54,7 +54,7 @@ class Variant:
 
 BF16 = Variant(bf16=True, tf32=True)
 LAST = replace(BF16, channels_last=True, autotune=True)
-BLOCKS = Execution(compile_blocks=True)
+ENCODER = Execution(compile_blocks="encoder", channels_last="encoder", encoder_attention="products")
 VARIANTS = {
     "plain": Variant(plain=True),
     "plain-bf16": Variant(plain=True, bf16=True, tf32=True),
@@ -70,13 +70,15 @@ VARIANTS = {
     "bf16-neither": replace(BF16, without=frozenset(HELPS)),
     "bf16-no-cast": replace(BF16, without=frozenset({"cast once"})),
     "bf16-no-moments": replace(BF16, without=frozenset({"moments in few kernels"})),
-    "attention-products": replace(BF16, execution=Execution(encoder_attention="products")),
-    "decoder-rests": replace(BF16, execution=Execution(decoder_rests=True)),
     "checkpoint-vae": replace(BF16, checkpointing="vae"),
     "checkpoint": replace(BF16, checkpointing=True),
-    "blocks": replace(BF16, execution=BLOCKS),
-    "blocks-last": replace(BF16, execution=BLOCKS, channels_last=True),
-    "all": replace(BF16, execution=replace(BLOCKS, encoder_attention="products"), channels_last=True),
+    "decoder-rests": replace(BF16, execution=Execution(decoder_rests=True)),
+    "products": replace(BF16, execution=Execution(encoder_attention="products")),
+    "encoder-last": replace(BF16, execution=Execution(channels_last="encoder")),
+    "encoder-blocks": replace(BF16, execution=Execution(compile_blocks="encoder")),
+    "encoder-all": replace(BF16, execution=ENCODER),
+    "blocks": replace(BF16, execution=Execution(compile_blocks="all")),
+    "all": replace(BF16, execution=replace(ENCODER, compile_blocks="all", channels_last="all")),
 }
 OPTIONAL = tuple(list(VARIANTS)[list(VARIANTS).index("max-autotune") :])  # only when asked for
 REFERENCES = ("plain", "plain-bf16", "bf16-neither")

@@ -105,8 +105,8 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def blocks(self) -> list[nn.Module]:
-        """What denoiser and encoder consist of mostly: the parts that are worth compiling, none inside another."""
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """What one of the networks consists of mostly: the parts that are worth compiling, none inside another."""
 
     @abstractmethod
     def attend_by_products(self) -> None:

@@ -113,9 +113,9 @@ class StableDiffusion(Backbone):
         if which is True:
             self.unet.enable_gradient_checkpointing()
 
-    def blocks(self) -> list[nn.Module]:
-        """Residual blocks and transformers of the U-Net; residual blocks and the one attention of the VAE's encoder."""
-        return _outermost(self.unet, BLOCKS) + _outermost(self.vae.encoder, BLOCKS)
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """Residual blocks, transformers, and the one attention of the VAE's encoder."""
+        return _outermost(network, BLOCKS)
 
     def attend_by_products(self) -> None:
         """A head of 512 channels, too wide for flash attention; what torch takes instead is slow backwards."""
