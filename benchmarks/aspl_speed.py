@@ -169,6 +169,7 @@ class Ours:
             backbone.vae.encoder.compile()
         settings = Settings(training=training, micro_batch=args.micro_batch, execution=execution)
         assembly = Assembly(METHODS["aspl"], settings)
+        self.attack = assembly.attack
         with self.autocast():  # once a run
             assembly.adopt([backbone], lambda *_: self.classes(), seed=0)
             self.surrogates = assembly.surrogates(task.photos, task.photos, plain_weights)
@@ -185,7 +186,7 @@ class Ours:
     def round(self, cloaked: Tensor, turn: Turn) -> Outcome:
         """One alternation."""
         with self.autocast():
-            return alternate(self.surrogates, self.task.photos, cloaked, self.task.attack, turn)
+            return alternate(self.surrogates, self.task.photos, cloaked, self.attack, turn)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -77,8 +77,10 @@ VARIANTS = {
     "encoder-last": replace(BF16, execution=Execution(channels_last="encoder")),
     "encoder-blocks": replace(BF16, execution=Execution(compile_blocks="encoder")),
     "encoder-all": replace(BF16, execution=ENCODER),
+    "recorded": replace(BF16, execution=Execution(recorded=True)),
+    "recorded-encoder": replace(BF16, execution=replace(ENCODER, recorded=True)),
     "blocks": replace(BF16, execution=Execution(compile_blocks="all")),
-    "all": replace(BF16, execution=replace(ENCODER, compile_blocks="all", channels_last="all")),
+    "all": replace(BF16, execution=replace(ENCODER, compile_blocks="all", channels_last="all", recorded=True)),
 }
 OPTIONAL = tuple(list(VARIANTS)[list(VARIANTS).index("max-autotune") :])  # only when asked for
 REFERENCES = ("plain", "plain-bf16", "bf16-neither")

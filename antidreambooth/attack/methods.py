@@ -21,6 +21,7 @@ from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded, Surr
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.execution import Execution
+from antidreambooth.errors import InputError
 from antidreambooth.finetuning.adaptation import Adaptation
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
@@ -110,6 +111,11 @@ class Assembly:
     ) -> None:
         self.method, self.settings = method, settings or Settings()
         chosen = self.settings
+        if chosen.execution.recorded and (chosen.offload or chosen.training.gradient_checkpointing):
+            raise InputError(
+                "execution.recorded keeps all of its memory, and weights where they are: leave out offload and "
+                "gradient_checkpointing, or execution.recorded"
+            )
         self.attack = PGD(
             budget=chosen.budget,
             step_size=chosen.step_size,
@@ -118,6 +124,7 @@ class Assembly:
             objective=chosen.objective or method.objective(),
             rule=chosen.step_rule,
             reduce=reduce,
+            recorded=chosen.execution.recorded,
         )
         self.backbones: list[Backbone] = []
         self.prompts: list[str] = []  # of models that do not learn
@@ -190,7 +197,8 @@ class Assembly:
             return Fixed(backbone, self.prompts[number])
         training = self.trainings[number]
         latents = backbone.encode_all(clean, micro_batch)
-        return Alternating(backbone, training, lend(backbone, training), latents, self.classes[number], micro_batch)
+        weights, recorded = lend(backbone, training), self.settings.execution.recorded
+        return Alternating(backbone, training, weights, latents, self.classes[number], micro_batch, recorded)
 
     def _usual_prompt(self, backbone: Backbone) -> str:
         """An untouched base model knows nobody by name."""

@@ -25,12 +25,15 @@ class Execution:
         encoder_attention: how the encoder's attention, one very wide head, is computed: in one ``fused`` operation, or
             by matrix ``products``, which keep all weights of the attention in memory.
         decoder_rests: whether the decoder, which no round needs, is in main memory until a picture is drawn.
+        recorded: whether a GPU replays the kernels of a PGD step and of a training step, recorded once as CUDA graphs,
+            rather than be told each of them by Python: less time, more memory; for one process.
     """
 
     compile_blocks: Networks = "none"
     channels_last: Networks = "none"
     encoder_attention: Literal["fused", "products"] = "fused"
     decoder_rests: bool = False
+    recorded: bool = False
 
     def prepare(self, backbone: Backbone) -> None:
         """Makes a backbone ready, once what learns in it has been added and before an optimizer knows its weights."""

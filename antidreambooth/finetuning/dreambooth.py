@@ -120,16 +120,43 @@ def dreambooth_loss(
         generator: of timesteps and noise.
         prompts: what ``still_prompts`` gave; computed here where it is None.
     """
-    posterior, count = instances, len(instances.mean)
-    if classes is not None:
-        posterior = Posterior(torch.cat([instances.mean, classes.mean]), torch.cat([instances.std, classes.std]))
+    posterior = joined(instances, classes)
     draw = Draw.sample(backbone, posterior.mean.shape, Uniform(), generator)
+    return batch_loss(backbone, training, posterior, classes is not None, draw, prompts)
+
+
+def joined(instances: Posterior, classes: Posterior | None) -> Posterior:
+    """Latents of a batch: instance images, then, with prior preservation, as many class images."""
+    if classes is None:
+        return instances
+    return Posterior(torch.cat([instances.mean, classes.mean]), torch.cat([instances.std, classes.std]))
+
+
+def batch_loss(
+    backbone: Backbone,
+    training: DreamBooth,
+    posterior: Posterior,
+    prior: bool,
+    draw: Draw,
+    prompts: Float[Tensor, "p length width"] | None = None,
+) -> Float[Tensor, ""]:
+    """``dreambooth_loss`` once its randomness is drawn.
+
+    Args:
+        backbone: the model that learns.
+        training: its settings.
+        posterior: what ``joined`` gave.
+        prior: whether its second half are class images.
+        draw: timesteps and noise.
+        prompts: what ``still_prompts`` gave.
+    """
     if prompts is None:
-        prompts = embed_prompts(backbone, training, classes is not None)
+        prompts = embed_prompts(backbone, training, prior)
+    count = len(posterior.mean) // len(prompts)
     embeddings = prompts.repeat_interleave(count, dim=0)
     latents = posterior.sample(draw.posterior_noise)
     losses = backbone.denoising_loss(latents, draw.timesteps, draw.noise, embeddings)
-    if classes is None:
+    if not prior:
         return losses.mean()
     return losses[:count].mean() + given(training.prior.weight, backbone.defaults.prior_weight) * losses[count:].mean()
 

@@ -63,6 +63,10 @@ class Weights:
     def step(self, loss: Float[Tensor, ""]) -> None:
         """One optimizer step; leaves no gradient behind."""
         self.backward(loss)
+        self.update()
+
+    def update(self) -> None:
+        """The same with gradients that are there already."""
         self._make_moments()
         self.optimizer.step()
         self.optimizer.zero_grad()
