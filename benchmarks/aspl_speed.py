@@ -35,6 +35,7 @@ from antidreambooth.attack.perturbation import PGD, STEP
 from antidreambooth.attack.rounds import Outcome, alternate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.defaults import given
+from antidreambooth.diffusion.execution import Execution
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import computes_in_bf16
 from antidreambooth.diffusion.seeding import Turn
@@ -156,17 +157,19 @@ class Plain:
 class Ours:
     """The engine's round, with an optimizer of plain Python; the flags apply to the best form only."""
 
-    def __init__(self, task: Task, args: argparse.Namespace, best: bool) -> None:
-        backbone, settings = task.backbone, task.training
+    def __init__(self, task: Task, args: argparse.Namespace, best: bool, execution: Execution = Execution()) -> None:  # noqa: B008
+        backbone, training = task.backbone, task.training
         self.task, self.bf16 = task, best and args.bf16
         if best and args.channels_last:
             backbone.to(memory_format=torch.channels_last)
         if best and args.checkpointing:
-            backbone.enable_gradient_checkpointing()
+            backbone.checkpoint(True)
         if best and args.compile:
             backbone.unet.compile()
             backbone.vae.encoder.compile()
-        assembly = Assembly(METHODS["aspl"], Settings(training=settings, micro_batch=args.micro_batch))
+        settings = Settings(training=training, micro_batch=args.micro_batch, execution=execution)
+        assembly = Assembly(METHODS["aspl"], settings)
+        self.attack = assembly.attack
         with self.autocast():  # once a run
             assembly.adopt([backbone], lambda *_: self.classes(), seed=0)
             self.surrogates = assembly.surrogates(task.photos, task.photos, plain_weights)
@@ -183,7 +186,7 @@ class Ours:
     def round(self, cloaked: Tensor, turn: Turn) -> Outcome:
         """One alternation."""
         with self.autocast():
-            return alternate(self.surrogates, self.task.photos, cloaked, self.task.attack, turn)
+            return alternate(self.surrogates, self.task.photos, cloaked, self.attack, turn)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -92,7 +92,11 @@ def fake(ranks: int = 1) -> Iterator[None]:
     def stay(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         return self
 
-    with FakeTensorMode(allow_non_fake_inputs=ranks > 1), patch.object(nn.Module, "to", stay):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=ranks > 1))
+        stack.enter_context(patch.object(nn.Module, "to", stay))
+        # A deep copy of a fake tensor would copy the mode, too, and fake tensors of two modes do not go together.
+        stack.enter_context(patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
         yield
 
 

@@ -5,8 +5,9 @@
     python benchmarks/gpu_speed.py --tiny                      # the script itself, on any machine
     python benchmarks/gpu_speed.py --count                     # operations of the schedule by phase; needs no GPU
 
-Variants build on one another: each has what the one before it has, and one thing more. They run in the order in which
-they are asked for; the tables are written anew after each one, so that a stop loses only what runs at the time.
+The first variants build on one another: each has what the one before it has, and one thing more. Those that have to be
+asked for are bf16 with or without one thing (see ``variants.py``). They run in the order in which they are asked for;
+the tables are written anew after each one, so that a stop or a failure loses only what runs at the time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -45,6 +48,7 @@ class Result:
         peak: bytes of the device; 0 where it does not tell.
         losses: of the last round: clean, PGD, cloaked.
         waits: how often the host waits in a round, by place.
+        graphs: compiled in all of this time.
     """
 
     seconds: list[float]
@@ -52,12 +56,14 @@ class Result:
     peak: int
     losses: list[float]
     waits: dict[str, int]
+    graphs: int = 0
 
 
 def try_out(variant: Variant, name: str, args: argparse.Namespace) -> Result:
     """Warm-up, then timed rounds; the host's waits and a profile in rounds of their own."""
     torch.compiler.reset()
-    task = make_task(args, args.device)
+    counters.clear()
+    task = make_task(args, args.device, variant.checkpointing)
     side, cloaked = make_side(variant, task), task.photos
     if variant.compiled:
         compile_networks(task, variant.compiled)
@@ -74,9 +80,13 @@ def try_out(variant: Variant, name: str, args: argparse.Namespace) -> Result:
     found = waits(lambda: side.round(outcome.cloaked, Turn(last)), args.device)
     if name in args.profile:
         profile_round(lambda: side.round(outcome.cloaked, Turn(last)), name, args)
-    return Result(
-        seconds, between(start, end), peak, [loss.item() for loss in outcome.losses], dict(found.most_common())
-    )
+    losses = [loss.item() for loss in outcome.losses]
+    return Result(seconds, between(start, end), peak, losses, dict(found.most_common()), graphs())
+
+
+def graphs() -> int:
+    """How many graphs have been compiled, each anew for other shapes, precision or weights that learn."""
+    return int(counters["stats"]["unique_graphs"])
 
 
 def timed(side: Plain | Ours, cloaked: Tensor, args: argparse.Namespace) -> tuple[list[float], Outcome]:
@@ -142,7 +152,8 @@ def report(args: argparse.Namespace, results: dict[str, Result], rounds: Operati
                 name,
                 f"{middle[name]:.3f} ({min(result.seconds):.3f}-{max(result.seconds):.3f})",
                 f"{result.warm_up:.1f}",
-                f"{middle[name] * args.schedule:.1f}",
+                f"{result.warm_up + middle[name] * (args.schedule - args.warm_up):.1f}",
+                str(result.graphs),
                 *(f"{middle[reference] / middle[name]:.2f}" for reference in references),
                 f"{done:.3f}",
                 f"{rate:.2f}",
@@ -156,7 +167,8 @@ def report(args: argparse.Namespace, results: dict[str, Result], rounds: Operati
         "variant",
         "s a round (min-max)",
         "s to warm up",
-        f"s for {args.schedule}",
+        f"s for {args.schedule}, warm-up included",
+        "graphs",
         *(f"x faster than {n}" for n in references),
     ]
     header += ["TFLOP a round", "TFLOP/s", "of peak", "peak GiB", "waits", "loss clean, PGD, cloaked"]
@@ -235,7 +247,14 @@ def main(
     print(report_operations(args, rounds))
     results: dict[str, Result] = {}
     for name in [] if args.count else tqdm(args.variants, desc="variants"):
-        results[name] = try_out(VARIANTS[name], name, args)
+        try:
+            results[name] = try_out(VARIANTS[name], name, args)
+        except Exception as error:
+            if len(args.variants) == 1:
+                raise
+            traceback.print_exc()
+            print(f"{name} failed, the others go on: {error}", flush=True)
+            continue
         print(report(args, results, rounds), flush=True)
         seen(name, results[name])
         if results[name].waits:

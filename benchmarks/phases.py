@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.surrogates import Alternating
-from antidreambooth.diffusion.backbone import Posterior
+from antidreambooth.diffusion.backbone import Checkpointing, Posterior
 from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
@@ -41,7 +41,7 @@ class Mode:
         name: in the table.
         bf16: whether under autocast.
         lora: whether a LoRA of the U-Net's attention learns, rather than all of U-Net and text encoder.
-        checkpointing: whether activations are computed again in the backward pass.
+        checkpointing: which activations are computed again in the backward pass.
         ranks: over which FSDP2 shares out the states.
         network: the networks by themselves, without any optimizer: what ZeRO's states come on top of.
     """
@@ -49,7 +49,7 @@ class Mode:
     name: str
     bf16: bool = True
     lora: bool = False
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     ranks: int = 1
     network: bool = False
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from antidreambooth.attack import perturbation, surrogates
 from antidreambooth.attack.perturbation import PGD
+from antidreambooth.attack.rounds import Outcome
+from antidreambooth.diffusion.backbone import Checkpointing
+from antidreambooth.diffusion.execution import Execution
+from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.finetuning.dreambooth import DreamBooth
+from antidreambooth.finetuning.weights import Weights
 from benchmarks.aspl_speed import CLASS_IMAGES, Ours, Plain, Task
 from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, TINY, build
+
+HELPS = ("cast once", "moments in few kernels")  # which every round of ours has; left out to see what they bring
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,9 @@ class Variant:
         channels_last: whether networks keep channels together in memory.
         autotune: whether cuDNN tries its kernels for every new shape.
         compiled: mode of torch.compile for U-Net and VAE encoder; not compiled where empty.
+        execution: the engine's own means.
+        checkpointing: what of the activations is computed again.
+        without: which of ``HELPS`` are left out.
     """
 
     plain: bool = False
@@ -34,10 +47,14 @@ class Variant:
     channels_last: bool = False
     autotune: bool = False
     compiled: str = ""
+    execution: Execution = field(default_factory=Execution)
+    checkpointing: Checkpointing = False
+    without: frozenset[str] = frozenset()
 
 
 BF16 = Variant(bf16=True, tf32=True)
 LAST = replace(BF16, channels_last=True, autotune=True)
+ENCODER = Execution(compile_blocks="encoder", channels_last="encoder", encoder_attention="products")
 VARIANTS = {
     "plain": Variant(plain=True),
     "plain-bf16": Variant(plain=True, bf16=True, tf32=True),
@@ -49,9 +66,24 @@ VARIANTS = {
     "compile": replace(LAST, compiled="default"),
     "max-autotune": replace(LAST, compiled="max-autotune-no-cudagraphs"),
     "cuda-graphs": replace(LAST, compiled="reduce-overhead"),
+    # From here on each is bf16 with or without one thing, not the one before it and one thing more.
+    "bf16-neither": replace(BF16, without=frozenset(HELPS)),
+    "bf16-no-cast": replace(BF16, without=frozenset({"cast once"})),
+    "bf16-no-moments": replace(BF16, without=frozenset({"moments in few kernels"})),
+    "checkpoint-vae": replace(BF16, checkpointing="vae"),
+    "checkpoint": replace(BF16, checkpointing=True),
+    "decoder-rests": replace(BF16, execution=Execution(decoder_rests=True)),
+    "products": replace(BF16, execution=Execution(encoder_attention="products")),
+    "encoder-last": replace(BF16, execution=Execution(channels_last="encoder")),
+    "encoder-blocks": replace(BF16, execution=Execution(compile_blocks="encoder")),
+    "encoder-all": replace(BF16, execution=ENCODER),
+    "recorded": replace(BF16, execution=Execution(recorded=True)),
+    "recorded-encoder": replace(BF16, execution=replace(ENCODER, recorded=True)),
+    "blocks": replace(BF16, execution=Execution(compile_blocks="all")),
+    "all": replace(BF16, execution=replace(ENCODER, compile_blocks="all", channels_last="all", recorded=True)),
 }
-OPTIONAL = ("max-autotune", "cuda-graphs")  # take minutes to compile
-REFERENCES = ("plain", "plain-bf16")
+OPTIONAL = tuple(list(VARIANTS)[list(VARIANTS).index("max-autotune") :])  # only when asked for
+REFERENCES = ("plain", "plain-bf16", "bf16-neither")
 
 
 class PlainBF16(Plain):
@@ -64,14 +96,37 @@ class PlainBF16(Plain):
         return loss
 
 
-def make_task(args: argparse.Namespace, device: str) -> Task:
+class Lacking(Ours):
+    """Ours without some of what it usually has.
+
+    Args:
+        without: of ``HELPS``.
+        arguments: of ours.
+    """
+
+    def __init__(self, without: frozenset[str], *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.without = without
+
+    def round(self, cloaked: Tensor, turn: Turn) -> Outcome:
+        """One alternation."""
+        with ExitStack() as stack:
+            if "cast once" in self.without:
+                for module in (perturbation, surrogates):
+                    stack.enter_context(patch.object(module, "cast_once", lambda *networks: nullcontext()))
+            if "moments in few kernels" in self.without:
+                stack.enter_context(patch.object(Weights, "_make_moments", lambda weights: None))
+            return super().round(cloaked, turn)
+
+
+def make_task(args: argparse.Namespace, device: str, checkpointing: Checkpointing = False) -> Task:
     """Random photos for a random model."""
     torch.manual_seed(0)
     architecture = TINY if args.tiny else STABLE_DIFFUSION_15
     backbone = build(architecture, device)
     shape = (3, architecture.resolution, architecture.resolution)
     photos, classes = (torch.rand((n, *shape), device=device) * 2 - 1 for n in (args.photos, CLASS_IMAGES))
-    training = DreamBooth().completed(backbone.defaults)
+    training = DreamBooth(gradient_checkpointing=checkpointing).completed(backbone.defaults)
     return Task(backbone, training, PGD(micro_batch=args.micro_batch), photos, classes)
 
 
@@ -83,7 +138,8 @@ def make_side(variant: Variant, task: Task) -> Plain | Ours:
     if variant.plain:
         return PlainBF16(task) if variant.bf16 else Plain(task)
     settings = {"bf16": variant.bf16, "channels_last": variant.channels_last, "micro_batch": task.attack.micro_batch}
-    return Ours(task, argparse.Namespace(**settings, checkpointing=False, compile=False), best=True)
+    args = argparse.Namespace(**settings, checkpointing=False, compile=False)
+    return Lacking(variant.without, task, args, best=True, execution=variant.execution)
 
 
 def compile_networks(task: Task, mode: str) -> None:

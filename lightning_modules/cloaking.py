@@ -18,6 +18,7 @@ from antidreambooth.attack.rounds import Outcome, Photos, alternate, require_vit
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.execution import Execution
 from antidreambooth.diffusion.loading import resolution_of
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.diffusion.source import Source
@@ -64,6 +65,7 @@ class Cloaking(BackboneModule):
         step_rule: what a PGD step does with the gradient: Sign (when not given), Momentum, NormalizedL2; each has a
             schedule of the step size and a random start.
         ensemble: further base models to attack at the same time.
+        execution: how the networks are run, for speed or memory.
     """
 
     perturbation: Tensor
@@ -86,6 +88,7 @@ class Cloaking(BackboneModule):
         objective: Objective | None = None,
         step_rule: StepRule | None = None,
         ensemble: Ensemble = Ensemble(),
+        execution: Execution = Execution(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
         for source in Source.several(ensemble.backbones):
@@ -101,6 +104,7 @@ class Cloaking(BackboneModule):
             draws=draws,
             objective=objective,
             offload=ensemble.offload,
+            execution=execution,
         )
         self.assembly = Assembly(self.method(), self.completed(settings), self._average)
         self.attack = self.assembly.attack
@@ -125,6 +129,8 @@ class Cloaking(BackboneModule):
         super().setup(stage)
         if (self.trainer.max_epochs or 0) < 1:  # Lightning's -1 is without end
             raise InputError(f"--trainer.max_epochs is the number of rounds, 1 or more: got {self.trainer.max_epochs}")
+        if self.hparams.execution.recorded and self.trainer.world_size > 1:  # messages between them are not recorded
+            raise InputError("a recorded run is one process: leave out --model.execution.recorded")
 
     def method(self) -> Method:
         """Which row of the methods' table this run is."""

@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from antidreambooth.attack.methods import METHODS, Method, Settings
 from antidreambooth.attack.rounds import Photos
+from antidreambooth.diffusion.backbone import Checkpointing
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth
@@ -35,7 +36,7 @@ class FSMG(Cloaking):
             as they are: base models, or a model that was trained elsewhere.
         prompt: what the attacked models know the person as; when not given what the surrogates were trained on, and
             each backbone's class prompt where there are none.
-        gradient_checkpointing: less memory for about a third more time.
+        gradient_checkpointing: less memory for about a third more time; with ``vae`` in the autoencoder alone.
         kwargs: those of every cloaking method.
     """
 
@@ -44,7 +45,7 @@ class FSMG(Cloaking):
         *,
         surrogate: str | None = "configs/dreambooth.yaml",
         prompt: str | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

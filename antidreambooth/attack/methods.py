@@ -20,6 +20,8 @@ from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded, Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.defaults import given
+from antidreambooth.diffusion.execution import Execution
+from antidreambooth.errors import InputError
 from antidreambooth.finetuning.adaptation import Adaptation
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
@@ -77,6 +79,7 @@ class Settings:
         prompt: what a model that does not learn is asked for. When not given: what DreamBooth calls the person, if the
             model was trained on them, and the model's own class prompt, if it is untouched.
         offload: whether only the base model at work is on the device, and the others rest in main memory.
+        execution: how the networks are run, for speed or memory.
     """
 
     budget: float = 8.0
@@ -90,6 +93,7 @@ class Settings:
     adaptation: Adaptation = field(default_factory=Full)
     prompt: str | None = None
     offload: bool = False
+    execution: Execution = field(default_factory=Execution)
 
 
 class Assembly:
@@ -109,6 +113,11 @@ class Assembly:
     ) -> None:
         self.method, self.settings = method, settings or Settings()
         chosen = self.settings
+        if chosen.execution.recorded and (chosen.offload or chosen.training.gradient_checkpointing):
+            raise InputError(
+                "execution.recorded keeps all of its memory, and weights where they are: leave out offload and "
+                "gradient_checkpointing, or execution.recorded"
+            )
         self.attack = PGD(
             budget=chosen.budget,
             step_size=chosen.step_size,
@@ -118,6 +127,7 @@ class Assembly:
             objective=chosen.objective or method.objective(),
             rule=chosen.step_rule,
             reduce=reduce,
+            recorded=chosen.execution.recorded,
         )
         self.backbones: list[Backbone] = []
         self.prompts: list[str] = []  # of models that do not learn
@@ -148,15 +158,15 @@ class Assembly:
         self.backbones = list(backbones)
         if not self.learns:
             self.prompts = list(prompts or [given(chosen.prompt, self._usual_prompt(one)) for one in backbones])
-            if chosen.training.gradient_checkpointing:
-                for backbone in self.backbones:
-                    backbone.enable_gradient_checkpointing()
-            return
         for backbone in self.backbones:
-            training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)
-            self.trainings.append(training)
-            self.classes.append(class_latents(backbone, training.prior) if training.prior.weight else None)
-            chosen.adaptation.apply(backbone, training, seed)
+            if self.learns:
+                training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)
+                self.trainings.append(training)
+                self.classes.append(class_latents(backbone, training.prior) if training.prior.weight else None)
+                chosen.adaptation.apply(backbone, training, seed)
+            else:
+                backbone.checkpoint(chosen.training.gradient_checkpointing)
+            chosen.execution.prepare(backbone)
 
     def groups(self) -> list[dict[str, Any]]:
         """AdamW's parameter groups: what the surrogates learn with, each at its own learning rate."""
@@ -179,6 +189,8 @@ class Assembly:
         for number, backbone in enumerate(self.backbones):
             surrogate = self._surrogate(number, clean, lend)
             self.attack.objective.prepare(backbone, originals)
+            if self.settings.execution.decoder_rests:
+                backbone.rest_decoder()
             made.append(Offloaded(surrogate, originals.device) if self.settings.offload else surrogate)
         return made
 
@@ -188,7 +200,8 @@ class Assembly:
             return Fixed(backbone, self.prompts[number])
         training = self.trainings[number]
         latents = backbone.encode_all(clean, micro_batch)
-        return Alternating(backbone, training, lend(backbone, training), latents, self.classes[number], micro_batch)
+        weights, recorded = lend(backbone, training), self.settings.execution.recorded
+        return Alternating(backbone, training, weights, latents, self.classes[number], micro_batch, recorded)
 
     def _usual_prompt(self, backbone: Backbone) -> str:
         """An untouched base model knows nobody by name."""

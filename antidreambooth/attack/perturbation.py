@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float, UInt8
@@ -15,6 +17,8 @@ from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior, frozen
 from antidreambooth.diffusion.draws import Draw
+from antidreambooth.diffusion.precision import cast_once
+from antidreambooth.diffusion.recording import Recording
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import require
 
@@ -95,6 +99,7 @@ class PGD:
         objective: what to climb.
         rule: what a step does with the gradient; its sign, as published, when not given.
         reduce: averages the gradient over processes.
+        recorded: whether a GPU replays the kernels of a gradient rather than be told each of them by Python.
     """
 
     budget: float = 8.0
@@ -105,6 +110,10 @@ class PGD:
     objective: Objective = field(default_factory=Denoising)
     rule: StepRule = field(default_factory=Sign)
     reduce: Callable[[Tensor], Tensor] = alone
+    recorded: bool = False
+    recordings: WeakKeyDictionary[Backbone, Recording] = field(
+        default_factory=WeakKeyDictionary, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         require("budget", self.budget, 1, 255, unit="in 8-bit steps (the paper's is about 6.4)")
@@ -155,14 +164,41 @@ class PGD:
         backbone = surrogate.backbone
         memory = self.rule.begin(originals) if memory is None or not self.rule.lasting else memory
         total, slope = torch.zeros((2,), device=originals.device)
-        with frozen(backbone):
+        # A recording rounds weights by itself: it reads those that stay where they are.
+        rounded = nullcontext() if self.recorded else cast_once(backbone.unet, backbone.vae.encoder)
+        with frozen(backbone), rounded:
             embedding = surrogate.prompt_embedding()
             for number in range(self.steps):
                 draws = [self.objective.draw(backbone, cloaked, generator) for _ in range(self.draws)]
-                gradient, value = pixel_gradient(self.objective, backbone, cloaked, embedding, draws, self.micro_batch)
+                gradient, value = self._gradient(backbone, cloaked, embedding, draws)
                 gradient = self.reduce(gradient)
                 direction, memory = self.rule.direction(gradient, memory)
                 step = size * self.rule.factor(turn.progress(number / self.steps))
                 cloaked = self.project(cloaked + step * direction, originals)
                 total, slope = total + value, slope + gradient.abs().mean()
         return Moved(cloaked, total / self.steps, slope / self.steps, memory)
+
+    def _gradient(
+        self,
+        backbone: Backbone,
+        images: Float[Tensor, "n 3 h w"],
+        embedding: Float[Tensor, "1 length width"],
+        draws: Sequence[Draw],
+    ) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, ""]]:
+        """``pixel_gradient``, or its recording."""
+        if not self.recorded:
+            return pixel_gradient(self.objective, backbone, images, embedding, draws, self.micro_batch)
+        if backbone not in self.recordings:
+            known_as = ref(backbone)  # the recording must not keep the model
+
+            def run(images: Tensor, embedding: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
+                model = known_as()
+                assert model is not None
+                size = len(drawn) // self.draws
+                draws = [Draw.of_tensors(drawn[start : start + size]) for start in range(0, len(drawn), size)]
+                return pixel_gradient(self.objective, model, images, embedding, draws, self.micro_batch)
+
+            self.recordings[backbone] = Recording(run)
+        drawn = (part for draw in draws for part in draw.tensors)
+        gradient, value = self.recordings[backbone](images, embedding, *drawn)
+        return gradient, value

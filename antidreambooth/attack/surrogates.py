@@ -12,8 +12,11 @@ from torch import Tensor
 
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.defaults import given
+from antidreambooth.diffusion.draws import Draw, Uniform
+from antidreambooth.diffusion.precision import cast_once
+from antidreambooth.diffusion.recording import Recording
 from antidreambooth.diffusion.seeding import Turn
-from antidreambooth.finetuning.dreambooth import DreamBooth, dreambooth_loss, training_mode
+from antidreambooth.finetuning.dreambooth import DreamBooth, batch_loss, joined, still_prompts, training_mode
 from antidreambooth.finetuning.weights import Weights
 
 
@@ -94,6 +97,8 @@ class Alternating:
         clean: latents of the reference set A.
         classes: latents of the class images; None without prior preservation.
         micro_batch: photos encoded at a time.
+        recorded: whether a GPU replays the kernels of a step rather than be told each of them by Python; for a run
+            with one process, whose backward pass is torch's own.
     """
 
     def __init__(
@@ -104,10 +109,12 @@ class Alternating:
         clean: Posterior,
         classes: Posterior | None = None,
         micro_batch: int = 4,
+        recorded: bool = False,
     ) -> None:
         self.backbone, self.weights, self.micro_batch = backbone, weights, micro_batch
         self.training = training.completed(backbone.defaults)
         self.clean, self.classes = clean, classes
+        self.recording = Recording(self._gradients, weights.parameters) if recorded else None
 
     def borrowed(self) -> AbstractContextManager[None]:
         """Theta' for as long as the context lasts."""
@@ -131,14 +138,38 @@ class Alternating:
         classes = turn.batches(steps, size, len(self.classes.mean), where) if self.classes else batches
         total = torch.zeros((), device=instances.mean.device)
         self.weights.forget()  # whoever writes a checkpoint may have filled in moments
-        with training_mode(self.backbone, self.training):
+        backbone, training = self.backbone, self.training
+        prompts = still_prompts(backbone, training, self.classes is not None)
+        # A recording rounds weights by itself: it reads those that stay where they are.
+        rounded = nullcontext() if self.recording else cast_once(backbone.unet)
+        with training_mode(backbone, training), rounded:
             for batch, class_batch in zip(batches, classes, strict=True):
-                others = self.classes.rows(class_batch) if self.classes else None
-                loss = dreambooth_loss(self.backbone, self.training, instances.rows(batch), others, generator)
-                self.weights.step(loss)
-                total = total + loss.detach()
+                posterior = joined(instances.rows(batch), self.classes.rows(class_batch) if self.classes else None)
+                draw = Draw.sample(backbone, posterior.mean.shape, Uniform(), generator)
+                total = total + self._step(posterior, draw, prompts)
         self.weights.forget()
         return total / max(steps, 1)
+
+    def _step(self, posterior: Posterior, draw: Draw, prompts: Tensor | None) -> Float[Tensor, ""]:
+        """One optimizer step; returns its loss."""
+        if self.recording:
+            still = () if prompts is None else (prompts,)
+            (loss,) = self.recording(*posterior, *draw.tensors, *still)
+            self.weights.update()
+        else:
+            loss = batch_loss(self.backbone, self.training, posterior, self.classes is not None, draw, prompts)
+            self.weights.step(loss)
+        return loss.detach()
+
+    def _gradients(
+        self, mean: Tensor, std: Tensor, timesteps: Tensor, noise: Tensor, drawn: Tensor, *still: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What is recorded of a step: all but the optimizer's part."""
+        posterior, draw = Posterior(mean, std), Draw(timesteps, noise, drawn)
+        prompts = still[0] if still else None
+        loss = batch_loss(self.backbone, self.training, posterior, self.classes is not None, draw, prompts)
+        torch.autograd.backward(loss)
+        return (loss.detach(),)
 
     @torch.no_grad()
     def prompt_embedding(self) -> Float[Tensor, "1 length width"]:

@@ -6,13 +6,15 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from antidreambooth.diffusion.defaults import Defaults
+
+Checkpointing = bool | Literal["vae"]  # of which activations are computed again in the backward pass
 
 
 class Posterior(NamedTuple):
@@ -95,8 +97,24 @@ class Backbone(nn.Module, ABC):
         """u(z_t, t, c) in fp32: the noise or v, whichever the model predicts."""
 
     @abstractmethod
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes activations in the backward pass: less memory for about a third more time."""
+    def checkpoint(self, which: Checkpointing) -> None:
+        """Recomputes activations in the backward pass: less memory for about a third more time.
+
+        Args:
+            which: of none (False), of denoiser and autoencoder (True), or of the autoencoder alone (``vae``).
+        """
+
+    @abstractmethod
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """What one of the networks consists of mostly: the parts that are worth compiling, none inside another."""
+
+    @abstractmethod
+    def attend_by_products(self) -> None:
+        """Computes the encoder's attention by plain matrix products, where fused kernels are slow."""
+
+    @abstractmethod
+    def rest_decoder(self) -> None:
+        """Keeps the decoder in main memory from now on; ``decode`` has it on the device while it is at work."""
 
     @abstractmethod
     def pipeline(self) -> Any:

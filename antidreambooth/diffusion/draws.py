@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,17 @@ class Draw:
         drawn = timesteps(shape[0], backbone.timesteps, generator)
         noise, posterior_noise = torch.randn((2, *shape), generator=generator, device=generator.device)
         return cls(drawn, noise, posterior_noise)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it, one after the other."""
+        return self.timesteps, self.noise, self.posterior_noise, *self.transforms
+
+    @classmethod
+    def of_tensors(cls, drawn: Sequence[Tensor]) -> Draw:
+        """What has these tensors."""
+        timesteps, noise, posterior_noise, *transforms = drawn
+        return cls(timesteps, noise, posterior_noise, tuple(transforms))
 
     def rows(self, index: slice) -> Draw:
         """The part that belongs to some of the images."""

@@ -8,6 +8,9 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+CAST = (nn.Linear, nn.Conv1d, nn.Conv2d)  # modules whose weights autocast rounds, and nothing else sees
 
 
 @contextmanager
@@ -36,6 +39,48 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """
     with torch.autocast(device.type, enabled=False), torch.autocast("cpu", enabled=False):
         yield
+
+
+@contextmanager
+def cast_once(*networks: nn.Module) -> Iterator[None]:
+    """Weights that do not learn are rounded to autocast's precision once, here, and not in every pass inside.
+
+    Autocast keeps its copies only of weights that want a gradient. The result is the same to the bit. The copies are
+    half as large as the weights and live until the end; a backward pass holds them in any case, unless its activations
+    are computed again: such a network is left as it is, since whoever asks for that wants the memory. So is a network
+    whose weights are split over several devices, and everything where autocast is off.
+
+    Args:
+        networks: whose weights nobody changes inside.
+    """
+    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for network in networks:
+            device = next(network.parameters()).device.type
+            if not torch.is_autocast_enabled(device) or getattr(network, "is_gradient_checkpointing", False):
+                continue
+            if any(isinstance(weight, DTensor) or not weight.numel() for weight in network.parameters()):
+                continue  # FSDP2's shards; under ZeRO's stage 3 a weight that is elsewhere is empty
+            for module, name, weight in _frozen_weights(network):
+                rounded = weight.detach().to(torch.get_autocast_dtype(device))
+                # Another parameter stands in its place: one that changed its kind would lose DDP's hooks.
+                module._parameters[name] = nn.Parameter(rounded, requires_grad=False)
+                swapped.append((module, name, weight))
+        yield
+    finally:
+        for module, name, weight in swapped:
+            module._parameters[name] = weight
+
+
+def _frozen_weights(network: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """What ``cast_once`` rounds: module, name, weight."""
+    return [
+        (module, name, weight)
+        for module in network.modules()
+        if isinstance(module, CAST)
+        for name, weight in module.named_parameters(recurse=False)
+        if not weight.requires_grad and weight.dtype == torch.float32
+    ]
 
 
 _ONE = threading.RLock()

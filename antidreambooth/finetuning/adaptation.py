@@ -51,8 +51,7 @@ class Adaptation(ABC):
             torch.manual_seed(seed)  # a LoRA starts from random numbers
             self.prepare(backbone, bool(training.train_text_encoder))
         backbone.to(backbone.alphas_cumprod.device)
-        if training.gradient_checkpointing:
-            backbone.enable_gradient_checkpointing()
+        backbone.checkpoint(training.gradient_checkpointing)
 
     def surrogate_settings(self, training: DreamBooth, defaults: Defaults) -> DreamBooth:
         """Settings of a surrogate that learns in this way: phases as usual, the learning rate of what is trained."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.backbone import Backbone, Checkpointing, Posterior
 from antidreambooth.diffusion.defaults import Defaults, Role, given
 from antidreambooth.diffusion.draws import Draw, Uniform
 from antidreambooth.errors import require
@@ -49,7 +49,8 @@ class DreamBooth:
         weight_decay: of AdamW.
         instance_prompt: names the person by a rare identifier.
         train_text_encoder: whether the text encoder learns too. Yes, but not with a LoRA, when not given.
-        gradient_checkpointing: less memory for about a third more time.
+        gradient_checkpointing: less memory for about a third more time; ``vae`` does so in the autoencoder alone, which
+            a surrogate's PGD goes through: less saved, less time lost.
         prior: prior preservation.
     """
 
@@ -59,7 +60,7 @@ class DreamBooth:
     weight_decay: float = 1e-2
     instance_prompt: str = "a photo of sks person"
     train_text_encoder: bool | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
     prior: PriorPreservation = field(default_factory=PriorPreservation)
 
     def __post_init__(self) -> None:
@@ -86,23 +87,76 @@ class DreamBooth:
         )
 
 
+def embed_prompts(backbone: Backbone, training: DreamBooth, prior: bool) -> Float[Tensor, "p length width"]:
+    """The instance prompt and, with prior preservation, the class prompt, as the text encoder sees them now."""
+    others = [given(training.prior.class_prompt, backbone.defaults.class_prompt)] if prior else []
+    return backbone.embed([training.instance_prompt, *others])
+
+
+def still_prompts(backbone: Backbone, training: DreamBooth, prior: bool) -> Float[Tensor, "p length width"] | None:
+    """The same where no step changes it, to be computed once for all of them; None where the text encoder learns."""
+    if any(weight.requires_grad for weight in backbone.text_encoder.parameters()):
+        return None
+    return embed_prompts(backbone, training, prior)
+
+
 def dreambooth_loss(
     backbone: Backbone,
     training: DreamBooth,
     instances: Posterior,
     classes: Posterior | None,
     generator: torch.Generator,
+    prompts: Float[Tensor, "p length width"] | None = None,
 ) -> Float[Tensor, ""]:
-    """L(x_instance; instance prompt) + weight L(x_class; class prompt) (arXiv:2208.12242, equation 2), one batch."""
-    prompts, posterior, count = [training.instance_prompt], instances, len(instances.mean)
-    if classes is not None:
-        prompts.append(given(training.prior.class_prompt, backbone.defaults.class_prompt))
-        posterior = Posterior(torch.cat([instances.mean, classes.mean]), torch.cat([instances.std, classes.std]))
+    """L(x_instance; instance prompt) + weight L(x_class; class prompt) (arXiv:2208.12242, equation 2), one batch.
+
+    Instance and class images go through the networks together.
+
+    Args:
+        backbone: the model that learns.
+        training: its settings.
+        instances: latents of the batch.
+        classes: latents of as many class images; None without prior preservation.
+        generator: of timesteps and noise.
+        prompts: what ``still_prompts`` gave; computed here where it is None.
+    """
+    posterior = joined(instances, classes)
     draw = Draw.sample(backbone, posterior.mean.shape, Uniform(), generator)
-    embeddings = backbone.embed(prompts).repeat_interleave(count, dim=0)
+    return batch_loss(backbone, training, posterior, classes is not None, draw, prompts)
+
+
+def joined(instances: Posterior, classes: Posterior | None) -> Posterior:
+    """Latents of a batch: instance images, then, with prior preservation, as many class images."""
+    if classes is None:
+        return instances
+    return Posterior(torch.cat([instances.mean, classes.mean]), torch.cat([instances.std, classes.std]))
+
+
+def batch_loss(
+    backbone: Backbone,
+    training: DreamBooth,
+    posterior: Posterior,
+    prior: bool,
+    draw: Draw,
+    prompts: Float[Tensor, "p length width"] | None = None,
+) -> Float[Tensor, ""]:
+    """``dreambooth_loss`` once its randomness is drawn.
+
+    Args:
+        backbone: the model that learns.
+        training: its settings.
+        posterior: what ``joined`` gave.
+        prior: whether its second half are class images.
+        draw: timesteps and noise.
+        prompts: what ``still_prompts`` gave.
+    """
+    if prompts is None:
+        prompts = embed_prompts(backbone, training, prior)
+    count = len(posterior.mean) // len(prompts)
+    embeddings = prompts.repeat_interleave(count, dim=0)
     latents = posterior.sample(draw.posterior_noise)
     losses = backbone.denoising_loss(latents, draw.timesteps, draw.noise, embeddings)
-    if classes is None:
+    if not prior:
         return losses.mean()
     return losses[:count].mean() + given(training.prior.weight, backbone.defaults.prior_weight) * losses[count:].mean()
 

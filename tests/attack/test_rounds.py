@@ -13,7 +13,7 @@ from antidreambooth.attack.objectives import Denoising
 from antidreambooth.attack.perturbation import PGD, STEP
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.attack.surrogates import Alternating
-from antidreambooth.diffusion.backbone import Posterior
+from antidreambooth.diffusion.backbone import Checkpointing, Posterior
 from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.seeding import Turn
@@ -31,7 +31,8 @@ ROUNDS = 3
 def setup(backbone, training=TRAINING):
     Full().apply(backbone, training, seed=0)
     parameters = backbone.learned()
-    weights = Weights(parameters, AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay))
+    rate, decay = training.learning_rate, training.weight_decay
+    weights = Weights(parameters, AdamW(parameters, lr=rate, weight_decay=decay, fused=True))
     originals, clean = to_float(random_images(4)), to_float(random_images(3, seed=1))
     classes = backbone.encode_all(to_float(random_images(5, seed=2)), 8) if training.prior.weight else None
     surrogate = Alternating(backbone, training, weights, backbone.encode_all(clean, 8), classes)
@@ -52,7 +53,7 @@ def reference(backbone, training, originals, clean, classes, bf16):
     def train(model, posterior, turn, generator):
         model.unet.train(), model.text_encoder.train()
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        optimizer = AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
         k = turn.number * training.steps * 2
         for _ in range(training.steps):
             i, j = [(k + b) % len(posterior.mean) for b in (0, 1)], [(k + b) % len(classes.mean) for b in (0, 1)]
@@ -155,15 +156,20 @@ def test_the_text_encoder_can_stay_frozen(backbone):
 
 def test_gradient_checkpointing_changes_nothing(small_model):
     results = []
-    for checkpointing in (False, True):
+    choices: list[tuple[Checkpointing, tuple[bool, bool]]] = [
+        (False, (False, False)),
+        ("vae", (False, True)),
+        (True, (True, True)),
+    ]
+    for which, networks in choices:
         backbone = load_backbone(str(small_model))
-        if checkpointing:
-            backbone.enable_gradient_checkpointing()
-        assert backbone.unet.is_gradient_checkpointing == checkpointing
+        backbone.checkpoint(which)
+        assert (backbone.unet.is_gradient_checkpointing, backbone.vae.is_gradient_checkpointing) == networks
         surrogate, originals = setup(backbone)
         results.append(alternate([surrogate], originals, originals, PGD(), Turn(0)))
-    assert torch.equal(results[0].cloaked, results[1].cloaked)
-    assert torch.equal(results[0].cloaked_loss, results[1].cloaked_loss)
+    for result in results[1:]:
+        assert torch.equal(results[0].cloaked, result.cloaked)
+        assert torch.equal(results[0].cloaked_loss, result.cloaked_loss)
 
 
 def test_borrowed_weights_come_back_after_an_error(backbone):

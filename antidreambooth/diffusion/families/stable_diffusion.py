@@ -6,18 +6,22 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeGuard, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from antidreambooth.diffusion.backbone import Backbone, Posterior, precise
+from antidreambooth.diffusion.backbone import Backbone, Checkpointing, Posterior, precise
 from antidreambooth.diffusion.defaults import Defaults
-from antidreambooth.diffusion.precision import made_on_cpu
+from antidreambooth.diffusion.precision import borrowing, made_on_cpu
 from antidreambooth.errors import InputError, first_line
 
 FAMILY = "Stable Diffusion 1.x / 2.x"
@@ -39,6 +43,7 @@ CONDITIONED = (  # keys of a U-Net's config that say what else it is told, besid
     "num_class_embeds",
     "encoder_hid_dim",
 )
+BLOCKS = (ResnetBlock2D, Transformer2DModel, Attention)
 SHORTEST = 3  # tokens of a prompt: start, end, and one between them
 
 
@@ -53,6 +58,7 @@ class StableDiffusion(Backbone):
     def __init__(self, *parts: Any, **named_parts: Any) -> None:
         super().__init__(*parts, **named_parts)
         self.known_tokens: dict[tuple[str, int, torch.device], Tensor] = {}
+        self.decoder_rests = False
 
     @property
     def latent_channels(self) -> int:
@@ -72,7 +78,8 @@ class StableDiffusion(Backbone):
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
         """Latents to images in [-1, 1]."""
-        pictures = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        with borrowing(self.vae.decoder, latents.device) if self.decoder_rests else nullcontext():
+            pictures = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return cast(Tensor, pictures.float().clamp(-1, 1))
 
     def embed(self, prompts: list[str]) -> Float[Tensor, "p length width"]:
@@ -99,10 +106,26 @@ class StableDiffusion(Backbone):
         """u(z_t, t, c) in fp32: the noise or v, whichever the model predicts."""
         return precise(self.unet(noisy, timesteps, embeddings).sample)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes activations of the U-Net and the VAE in the backward pass (the text encoder's are small)."""
-        self.unet.enable_gradient_checkpointing()
-        self.vae.enable_gradient_checkpointing()
+    def checkpoint(self, which: Checkpointing) -> None:
+        """Recomputes activations of U-Net and VAE, or of the VAE alone (the text encoder's are small)."""
+        if which:
+            self.vae.enable_gradient_checkpointing()
+        if which is True:
+            self.unet.enable_gradient_checkpointing()
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """Residual blocks, transformers, and the one attention of the VAE's encoder."""
+        return _outermost(network, BLOCKS)
+
+    def attend_by_products(self) -> None:
+        """A head of 512 channels, too wide for flash attention; what torch takes instead is slow backwards."""
+        for attention in _outermost(self.vae.encoder, (Attention,)):
+            cast(Attention, attention).set_processor(AttnProcessor())
+
+    def rest_decoder(self) -> None:
+        """The VAE's decoder."""
+        self.decoder_rests = True
+        self.vae.decoder.to("cpu")
 
     def pipeline(self) -> StableDiffusionPipeline:
         """A diffusers pipeline around these very modules, with a DDIM sampler and no progress bar."""
@@ -120,6 +143,13 @@ class StableDiffusion(Backbone):
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def _outermost(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:
+    """The modules of these kinds, without those inside one of them."""
+    if isinstance(network, kinds):
+        return [network]
+    return [found for child in network.children() for found in _outermost(child, kinds)]
 
 
 def check(configs: Mapping[str, dict[str, Any]], defaults: Defaults, name: str) -> None:
