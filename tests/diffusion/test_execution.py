@@ -166,7 +166,7 @@ def test_other_kernels_change_rounding_alone(backbone, execution):
     draw = Draw.sample(backbone, torch.Size((2, 4, 8, 8)), Denoising().timesteps, Turn(0).generator(images.device))
     execution.prepare(other)
     (found, value), (wanted, expected) = (
-        perturbation.pixel_gradient(Denoising(), one, images, one.embed(["a photo"]), draw, 2)
+        perturbation.pixel_gradient(Denoising(), one, images, one.embed(["a photo"]), [draw], 2)
         for one in (other, backbone)
     )
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
