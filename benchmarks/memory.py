@@ -147,8 +147,8 @@ def report(folder: Path, found: Iterable[Row], where: str) -> str:
     title = (
         f"Peak memory of a run of ASPL in GiB: {where}. torch {torch.__version__}. Learning takes steps of one "
         "instance image, or of one and a class image, while a copy of the weights is borrowed; encoding and PGD take "
-        "4 photos, all at once or one by one (the published loop: all at once); class images and sample grids are drawn "
-        "4 at a time. A card is large "
+        "4 photos, all at once or one by one (the published loop: all at once); class images and sample grids are "
+        "drawn 4 at a time. A card is large "
         f"enough if it leaves {gib(RESERVE)} GiB for the CUDA context, kernels' workspaces and fragmentation: for the "
         "run as it is, or for photos one by one (micro_batch 1)."
     )
