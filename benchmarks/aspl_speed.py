@@ -92,6 +92,8 @@ class Plain:
         prime, clean_loss = self.learn(prime, self.task.photos, turn, generator)
         cloaked, objective = self.perturb(prime, cloaked, generator)
         self.theta, cloaked_loss = self.learn(self.theta, cloaked, turn, generator)
+        # Nobody keeps the base model beside what has become of it.
+        self.task.backbone.unet, self.task.backbone.text_encoder = self.theta
         unmeasured = torch.zeros_like(objective)
         return Outcome(cloaked, clean_loss, objective, cloaked_loss, slope=unmeasured, weights=unmeasured)
 

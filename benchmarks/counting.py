@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed._tools.mod_tracker import ModTracker
 from torch.profiler import ProfilerActivity, profile
@@ -89,14 +89,20 @@ def fake(ranks: int = 1) -> Iterator[None]:
         ranks: over which networks are shared out; collectives hand over their sizes in real tensors.
     """
 
+    def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        # torch's own would copy the mode, too, and fake tensors of two modes do not go together.
+        values = tensor.detach().clone()
+        copy = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+        memo[id(tensor)] = copy
+        return copy
+
     def stay(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         return self
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=ranks > 1))
         stack.enter_context(patch.object(nn.Module, "to", stay))
-        # A deep copy of a fake tensor would copy the mode, too, and fake tensors of two modes do not go together.
-        stack.enter_context(patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
+        stack.enter_context(patch.object(FakeTensor, "__deepcopy__", copied))
         yield
 
 

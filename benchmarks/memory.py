@@ -20,20 +20,24 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.counting import fake, measured
-from benchmarks.phases import PHASES, Mode, Peaks, Round, count, measure, sizes
+from benchmarks.phases import PHASES, PHOTOS, Mode, Peaks, Round, count, measure, sizes
+from benchmarks.published import published
 from benchmarks.sharding import Zero
 from benchmarks.stable_diffusion import NARROW, STABLE_DIFFUSION_15, TINY, Architecture
 from benchmarks.tables import write
 
 GIB = 2**30
+UNKNOWN = "out of memory"
 CARDS = (8, 24, 80)  # GiB
 RESERVE = GIB  # for the CUDA context, kernels' workspaces and what the allocator cannot reuse
 
 SINGLE = (
     Mode("full, fp32", bf16=False),
     Mode("full, bf16"),
+    Mode("full, bf16, VAE checkpointing", checkpointing="vae"),
     Mode("full, bf16, checkpointing", checkpointing=True),
     Mode("LoRA, bf16", lora=True),
+    Mode("LoRA, bf16, VAE checkpointing", lora=True, checkpointing="vae"),
     Mode("LoRA, bf16, checkpointing", lora=True, checkpointing=True),
 )
 FSDP2 = tuple(
@@ -58,15 +62,19 @@ class Row:
         peaks: bytes by phase.
         how: measured, counted, or computed from what was counted.
         host: bytes of main memory that stand for the device's.
+        published: whether this is the published loop, which lacks some phases.
     """
 
     name: str
     peaks: Peaks
     how: str
     host: int = 0
+    published: bool = False
 
     def whole(self, photos: int) -> int | None:
         """Most bytes of a run with prior preservation and samples, and with so many photos at a time."""
+        if self.published:  # all photos are in one batch
+            return max(filter(None, self.peaks.values()), default=None) if photos == PHOTOS else None
         parts = [self.peaks[phase] for phase in (f"encode {photos}", "learn 1+1", f"PGD {photos}", "sample 4")]
         return None if None in parts else max(part for part in parts if part is not None)
 
@@ -80,18 +88,23 @@ class Row:
 
     def cells(self) -> list[str]:
         """As text."""
-        sizes = [*self.peaks.values(), self.whole(4), self.whole(1)]
+        sizes = [gib(size) for size in (*self.peaks.values(), self.whole(4), self.whole(1))]
+        if self.published:
+            sizes = [size.replace(UNKNOWN, "") for size in sizes]
         host = gib(self.host) if self.host else ""
-        return [self.name, *map(gib, sizes), *map(self.fits, CARDS), host, self.how]
+        return [self.name, *sizes, *map(self.fits, CARDS), host, self.how]
 
 
 def gib(size: int | None) -> str:
     """Bytes as GiB."""
-    return "out of memory" if size is None else f"{size / GIB:.1f}"
+    return UNKNOWN if size is None else f"{size / GIB:.1f}"
 
 
 def rows(architecture: Architecture, cuda: bool) -> Iterator[Row]:
     """All modes, one after the other."""
+    for bf16 in (False, True):
+        name, how = f"published loop, {'bf16' if bf16 else 'fp32'}", "measured" if cuda else "counted"
+        yield Row(name, published(architecture, bf16, cuda), how, published=True)
     yield from single(architecture, cuda)
     for mode in tqdm(FSDP2, desc="FSDP2"):
         yield Row(mode.name, count(architecture, mode), "counted")
@@ -134,7 +147,8 @@ def report(folder: Path, found: Iterable[Row], where: str) -> str:
     title = (
         f"Peak memory of a run of ASPL in GiB: {where}. torch {torch.__version__}. Learning takes steps of one "
         "instance image, or of one and a class image, while a copy of the weights is borrowed; encoding and PGD take "
-        "4 photos, all at once or one by one; class images and sample grids are drawn 4 at a time. A card is large "
+        "4 photos, all at once or one by one (the published loop: all at once); class images and sample grids are "
+        "drawn 4 at a time. A card is large "
         f"enough if it leaves {gib(RESERVE)} GiB for the CUDA context, kernels' workspaces and fragmentation: for the "
         "run as it is, or for photos one by one (micro_batch 1)."
     )
@@ -144,7 +158,7 @@ def report(folder: Path, found: Iterable[Row], where: str) -> str:
 def validate(folder: Path) -> str:
     """The count, with fake and with real tensors, against the CPU's allocator, on a narrow Stable Diffusion."""
     lines = []
-    for mode in tqdm(SINGLE[:3], desc="validation"):
+    for mode in tqdm([mode for mode in SINGLE if not mode.lora], desc="validation"):
         with fake():
             shapes = Round(NARROW, mode, "cpu")
             held, counted = shapes.counter.held(), shapes.peaks()

@@ -25,7 +25,7 @@ from antidreambooth.evaluation.faces import Dlib, FaceModel, reference
 from antidreambooth.evaluation.measures import face_measures
 from antidreambooth.finetuning.adaptation import Adaptation
 from antidreambooth.finetuning.augmentation import Augmentation
-from antidreambooth.finetuning.dreambooth import DreamBooth, dreambooth_loss
+from antidreambooth.finetuning.dreambooth import DreamBooth, dreambooth_loss, still_prompts
 from antidreambooth.finetuning.full import Full
 from antidreambooth.photos.decoding import to_float
 from antidreambooth.photos.delivery import to_8bit
@@ -104,6 +104,7 @@ class Victim(Training):
         self.save_hyperparameters(logger=False)
         self.posterior: Posterior | None = None
         self.classes: Posterior | None = None
+        self.prompts: Tensor | None = None  # as the text encoder sees them, where it does not learn
         self.rows: list[dict[str, Any]] = []
         self.pictures: list[Tensor] = []
 
@@ -149,7 +150,10 @@ class Victim(Training):
         if self.classes is not None:
             (others,) = turn.batches(1, settings.batch_size, len(self.classes.mean), self.device)
             classes = self.classes.rows(others)
-        loss = dreambooth_loss(self.backbone, settings, self._instances(batch, chosen, generator), classes, generator)
+        if self.prompts is None:  # the first time, or at every step where the text encoder learns
+            self.prompts = still_prompts(self.backbone, settings, classes is not None)
+        instances = self._instances(batch, chosen, generator)
+        loss = dreambooth_loss(self.backbone, settings, instances, classes, generator, self.prompts)
         self.watch(loss, batch_idx)
         self.log("victim/loss", loss.detach(), prog_bar=True)
         return loss

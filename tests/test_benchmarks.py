@@ -20,8 +20,10 @@ from benchmarks.aspl_speed import count, multiply, schedule, totals
 from benchmarks.counting import Counter, NoModules, cuda_autocast, fake, measured
 from benchmarks.host import waits
 from benchmarks.phases import PHASES, Mode, Peaks, Round
+from benchmarks.phases import count as count_peaks
+from benchmarks.published import published
 from benchmarks.sharding import Zero
-from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, TINY, build, counts
+from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, TINY, build, counts, size
 from benchmarks.variants import VARIANTS, make_side, make_task
 from tests.conftest import ROOT
 
@@ -136,6 +138,26 @@ def test_the_table_says_which_card_is_large_enough(tmp_path):
     assert len((tmp_path / "memory.csv").read_text().splitlines()) == 3
 
 
+def test_the_published_loop_keeps_three_models_and_looks_at_gradients_of_weights():
+    found = {bf16: published(TINY, bf16, cuda=False) for bf16 in (False, True)}
+    phases = ("learn 1", "learn 1+1", "PGD 4")
+    assert [name for name, peak in found[True].items() if peak] == list(phases)
+    with fake():
+        backbone = build(TINY)
+        learned = 4 * (size(backbone.unet) + size(backbone.text_encoder))
+        rest = 4 * size(backbone.vae)
+    ours = count_peaks(TINY, Mode("", bf16=False))
+    for phase, models in zip(phases, (6, 6, 4), strict=True):  # three models, gradients, in learning two moments
+        peak, own = found[False][phase], ours[phase]
+        assert peak is not None
+        assert own is not None
+        assert peak > rest + models * learned
+        assert peak > own
+    row = memory.Row("published", found[True], "counted", published=True)
+    assert row.whole(4) == max(peak for peak in found[True].values() if peak)
+    assert row.cells().count("") == 6  # phases that it does not have, one by one, main memory
+
+
 @pytest.mark.parametrize(("variant", "number"), [("plain", 0), ("fp32", 1)])
 def test_operations_are_those_of_a_real_round(variant, number):
     expected = totals(multiply(schedule(make_task(TINY_RUN, "meta")), count(make_task(TINY_RUN, "meta").backbone)))
@@ -185,6 +207,23 @@ def test_the_speed_script_names_the_variants_it_knows(capsys):
     with pytest.raises(SystemExit):
         gpu_speed.main(["--tiny", "--variants=fastest"])
     assert "cuda-graphs" in capsys.readouterr().err
+
+
+def test_a_variant_that_fails_costs_the_others_nothing(tmp_path, capsys, monkeypatch):
+    def tried(variant, name, args):
+        if name == "blocks":
+            raise RuntimeError("no compiler")
+        return gpu_speed.Result([2.0], 3.0, 0, [1.0], {}, graphs=5)
+
+    monkeypatch.setattr(gpu_speed, "try_out", tried)
+    arguments = ["--tiny", "--variants=blocks,bf16", "--schedule=12", f"--output={tmp_path}"]
+    assert [*gpu_speed.main(arguments)] == ["bf16"]
+    assert "blocks failed, the others go on: no compiler" in capsys.readouterr().out
+    (row,) = read_table(tmp_path / "speed.csv")
+    assert row["s for 12, warm-up included"] == "23.0"  # two rounds of warm-up in 3 s, ten of 2 s
+    assert row["graphs"] == "5"
+    with pytest.raises(RuntimeError, match="no compiler"):
+        gpu_speed.main(["--tiny", "--variants=blocks", f"--output={tmp_path}"])
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from antidreambooth.attack.steps import Momentum, NormalizedL2
 from antidreambooth.attack.surrogates import Offloaded
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults
+from antidreambooth.diffusion.execution import Execution
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import usual_device
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
@@ -132,6 +133,11 @@ FALLING = ["--model.step_rule.schedule=linear", "--model.step_rule.random_start=
             {"training": replace(TRAINING, gradient_checkpointing=True, instance_prompt="a photo of t@t man")},
         ),
         ("e-aspl", ["--model.ensemble.offload=true"], {"offload": True}),
+        (
+            "aspl",
+            ["--model.execution.encoder_attention=products", "--model.execution.decoder_rests=true"],
+            {"execution": Execution(encoder_attention="products", decoder_rests=True)},
+        ),
         ("advdm", ["--model.prompt=a photo of an old man"], {"prompt": "a photo of an old man"}),
         ("advdm", [*L2, "--model.pgd_steps=3"], {"step_rule": NormalizedL2(), "pgd_steps": 3}),
         (
@@ -140,7 +146,7 @@ FALLING = ["--model.step_rule.schedule=linear", "--model.step_rule.random_start=
             {"step_rule": Momentum(0.9, schedule="linear", random_start=True)},
         ),
     ],
-    ids=["lora", "micro-batch", "draws", "checkpointing-prompt", "offload", "prompt", "l2", "momentum"],
+    ids=["lora", "micro-batch", "draws", "checkpointing-prompt", "offload", "execution", "prompt", "l2", "momentum"],
 )
 def test_a_notebook_sets_what_the_command_line_sets(
     command, config, flags, settings, small_model, small_v_model, photos, tmp_path, monkeypatch
@@ -158,7 +164,7 @@ def test_a_notebook_sets_what_the_command_line_sets(
     written = [pixels(path) for path in sorted((tmp_path / "out" / "cloaked").iterdir())]
     for picture, wanted in zip(cloaked, written, strict=True):
         assert np.array_equal(np.asarray(picture), wanted)
-    if not {"micro_batch", "offload"} & {*settings}:  # these two change the memory alone
+    if not {"micro_batch", "offload", "execution"} & {*settings}:  # these change memory, and rounding at most
         assert any(not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(plain, cloaked, strict=True))
 
 
@@ -242,7 +248,8 @@ def test_the_device_is_the_trainers_not_the_machines(monkeypatch, accelerator, d
 def test_memory_settings_and_those_of_a_test_may_change_on_resuming(command, tmp_path):
     """After the GPU's memory was full, say: they do not change what comes out, but for rounding."""
     main(command(rounds=1))
-    main(command("--model.micro_batch=1", "--model.surrogate.gradient_checkpointing=true", "--ckpt_path=last"))
+    memory = ["--model.micro_batch=1", "--model.surrogate.gradient_checkpointing=vae"]
+    main(command(*memory, "--model.execution.decoder_rests=true", "--ckpt_path=last"))
     main(command(out="whole"))
     for name in ("a.png", "b.png", "c.png"):
         resumed, whole = (pixels(tmp_path / out / "cloaked" / name).astype(int) for out in ("out", "whole"))
