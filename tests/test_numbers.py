@@ -27,6 +27,7 @@ FIT = {  # config -> flag and value -> what is allowed
         "model.step_size=0.0": f"above 0 and at most 255 {PIXEL}",
         "model.pgd_steps=0": "1 or more",
         "model.micro_batch=0": "1 or more",
+        "model.draws=0": "1 or more",
         "model.surrogate.learning_rate=0.0": "above 0",
         "model.surrogate.learning_rate=.nan": "above 0",
         "model.surrogate.learning_rate=.inf": "above 0",
