@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported; processes that tests start inherit it
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it no matrix product on a GPU is deterministic
 
 import numpy as np
 import pytest
@@ -161,14 +162,21 @@ def small_v_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def backbone(small_model) -> Backbone:
+def device(request) -> torch.device:
+    """Where a test runs: one that is marked ``gpu`` on the GPU of a machine that has one, any other on the CPU."""
+    wanted = request.node.get_closest_marker("gpu") and torch.cuda.is_available()
+    return torch.device("cuda", 0) if wanted else torch.device("cpu")
+
+
+@pytest.fixture
+def backbone(small_model, device) -> Backbone:
     """Fresh weights for every test, since tests train them."""
-    return load_backbone(str(small_model))
+    return load_backbone(str(small_model)).to(device)
 
 
 @pytest.fixture(params=["epsilon", "v_prediction"])
-def any_backbone(request, small_model, small_v_model) -> Backbone:
-    return load_backbone(str(small_model if request.param == "epsilon" else small_v_model))
+def any_backbone(request, small_model, small_v_model, device) -> Backbone:
+    return load_backbone(str(small_model if request.param == "epsilon" else small_v_model)).to(device)
 
 
 def three_photos(folder: Path) -> Path:

@@ -54,6 +54,26 @@ def refused(arguments: list[str], *messages: str) -> None:
         assert message in line, line
 
 
+def fit_of_a_victim(
+    model: Path, photos: Path, out: Path, *more: str, config: str = "dreambooth", steps: int = 3
+) -> list[str]:
+    """The arguments of a few fast steps; more can be added."""
+    return [
+        "fit",
+        f"--config={ROOT / 'configs' / config}.yaml",
+        f"--data.photos={photos}",
+        f"--model.backbone={model}",
+        f"--model.training.steps={steps}",
+        "--model.training.learning_rate=1e-2",
+        "--model.training.prior.images=4",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        f"--trainer.default_root_dir={out}",
+        "--checkpoint.every_n_train_steps=2",
+        *more,
+    ]
+
+
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     """The command line in a process of its own, whose errors are in its output."""
     # One thread: two processes of several threads each wait for one another on few cores, a hundred times slower.

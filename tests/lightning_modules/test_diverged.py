@@ -18,8 +18,8 @@ from cli import main
 from lightning_modules import Pretraining, Victim
 from lightning_modules.training import LOOK, Training
 from tests.conftest import ROOT
-from tests.helpers import refused, start
-from tests.lightning_modules.test_victim import FAKE, FOLDERS, FULL, INVERSION, LORA, arguments
+from tests.helpers import fit_of_a_victim, refused, start
+from tests.lightning_modules.test_victim import FAKE, FOLDERS, FULL, INVERSION, LORA
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def fit(small_model, photos, tmp_path):
 
     def build(*more, **settings):
         fixed = ["--model.training.prior.weight=0", "--checkpoint.every_n_train_steps=0"]
-        return arguments(small_model, photos, tmp_path / "out", *fixed, *more, **settings)
+        return fit_of_a_victim(small_model, photos, tmp_path / "out", *fixed, *more, **settings)
 
     return build
 

@@ -22,7 +22,7 @@ from antidreambooth.photos.decoding import to_float
 from cli import main
 from lightning_modules.victim import Victim
 from tests.conftest import ROOT, contents, random_images, three_photos
-from tests.helpers import manifest, pixels, refused, start, wait_for
+from tests.helpers import fit_of_a_victim, manifest, pixels, refused, start, wait_for
 
 FOLDERS = {"dreambooth": "model", "dreambooth-lora": "lora", "textual-inversion": "textual_inversion"}
 FULL, LORA, INVERSION = FOLDERS
@@ -30,30 +30,12 @@ EACH = [pytest.param(config, marks=[] if config == FULL else pytest.mark.slow) f
 FAKE = "--model.faces=tests.lightning_modules.fake_faces.FakeFaces"
 
 
-def arguments(model, photos, out, *more, config=FULL, steps=3):
-    """Of a few fast steps; more can be added."""
-    return [
-        "fit",
-        f"--config={ROOT / 'configs' / config}.yaml",
-        f"--data.photos={photos}",
-        f"--model.backbone={model}",
-        f"--model.training.steps={steps}",
-        "--model.training.learning_rate=1e-2",
-        "--model.training.prior.images=4",
-        "--trainer.accelerator=cpu",
-        "--trainer.precision=32-true",
-        f"--trainer.default_root_dir={out}",
-        "--checkpoint.every_n_train_steps=2",
-        *more,
-    ]
-
-
 @pytest.fixture
 def fit(small_model, photos, tmp_path):
     """Builds the arguments of a fit on the photos."""
 
     def build(*more, out="out", **settings):
-        return arguments(small_model, photos, tmp_path / out, *more, **settings)
+        return fit_of_a_victim(small_model, photos, tmp_path / out, *more, **settings)
 
     return build
 
@@ -62,7 +44,7 @@ def fit(small_model, photos, tmp_path):
 def usual(small_model, tmp_path_factory) -> Path:
     """The folder of a finished fit without any more arguments, to compare with."""
     place = tmp_path_factory.mktemp("usual")
-    main(arguments(small_model, three_photos(place / "photos"), place / "out"))
+    main(fit_of_a_victim(small_model, three_photos(place / "photos"), place / "out"))
     return place / "out"
 
 

@@ -1,0 +1,100 @@
+"""Every way through the engine, on models of milliseconds: what is tried on each kind of device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from antidreambooth.attack.methods import METHODS, Assembly, Lend, Settings, plain_weights
+from antidreambooth.attack.objectives import Targeted, Transformed
+from antidreambooth.attack.perturbation import PGD
+from antidreambooth.attack.rounds import Outcome, alternate
+from antidreambooth.attack.steps import Momentum, NormalizedL2, Sign
+from antidreambooth.attack.surrogates import Surrogate
+from antidreambooth.attack.transforms import Crop, Flip
+from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.finetuning import Adaptation, Full, LoRA, TextualInversion
+from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation, dreambooth_loss
+from antidreambooth.photos.decoding import to_float
+from tests.conftest import random_images
+
+PROMPT = "a photo of sks person"
+RATE = 1e-3
+TRAINING = DreamBooth(learning_rate=RATE, steps=2, batch_size=2, prior=PriorPreservation(weight=0.5, images=4))
+ROUND = Settings(pgd_steps=2, micro_batch=2, training=TRAINING)
+BOTH = Transformed([Flip(), Crop()])
+CHECKPOINTED = replace(TRAINING, gradient_checkpointing=True)
+
+ROUNDS: dict[str, tuple[str, Settings]] = {  # each method as it is, and what a user may have otherwise
+    **{method: (method, ROUND) for method in METHODS},
+    "momentum": ("advdm", replace(ROUND, step_rule=Momentum(random_start=True, schedule="linear"))),
+    "l2": ("advdm", replace(ROUND, step_rule=NormalizedL2(random_start=True))),
+    "random start": ("aspl", replace(ROUND, step_rule=Sign(random_start=True))),
+    "transformed": ("aspl", replace(ROUND, objective=BOTH)),
+    "transformed target": ("advdm", replace(ROUND, objective=Transformed([Crop()], Targeted("rings")))),
+    "stripes": ("advdm", replace(ROUND, objective=Targeted("stripes"))),
+    "lora": ("aspl", replace(ROUND, adaptation=LoRA(rank=2))),
+    "textual inversion": ("aspl", replace(ROUND, adaptation=TextualInversion())),
+    "checkpointing": ("aspl", replace(ROUND, training=CHECKPOINTED)),
+    "offload": ("e-aspl", replace(ROUND, offload=True)),
+    "no prior": ("aspl", replace(ROUND, training=replace(TRAINING, prior=PriorPreservation(weight=0.0)))),
+}
+VICTIMS: dict[str, tuple[Callable[[], Adaptation], bool]] = {  # what learns, and whether the text encoder does
+    "full": (Full, True),
+    "lora": (lambda: LoRA(rank=2), False),
+    "lora of the text encoder": (lambda: LoRA(rank=2), True),
+    "textual inversion": (TextualInversion, False),
+}
+
+
+def photos(count: int, device: torch.device, seed: int = 0) -> Tensor:
+    """Pictures of nobody on a device, in [-1, 1]."""
+    return to_float(random_images(count, seed=seed)).to(device)
+
+
+class Ready(NamedTuple):
+    """All that a round is called with."""
+
+    surrogates: list[Surrogate]
+    originals: Tensor
+    cloaked: Tensor
+    attack: PGD
+    turn: Turn
+
+    def round(self) -> Outcome:
+        """The round."""
+        return alternate(*self)
+
+
+def ready(name: str, models: Sequence[Backbone], device: torch.device, lend: Lend = plain_weights) -> Ready:
+    """One of ``ROUNDS`` on loaded models, before its first round."""
+    method, settings = ROUNDS[name]
+    assembly = Assembly(METHODS[method], settings)
+
+    def class_latents(backbone: Backbone, prior: PriorPreservation) -> Posterior:
+        return backbone.encode_all(photos(3, device, seed=2), 2)
+
+    assembly.adopt(models if assembly.method.several else models[:1], class_latents, seed=0)
+    originals = photos(3, device)
+    surrogates = assembly.surrogates(originals, photos(2, device, seed=1), lend)
+    cloaked = originals + assembly.attack.start(originals, 0)
+    return Ready(surrogates, originals, cloaked, assembly.attack, Turn(0, rounds=2))
+
+
+def a_victims_step(name: str, backbone: Backbone, device: torch.device, lend: Lend = plain_weights) -> Tensor:
+    """The loss of one step of one of ``VICTIMS``, class images included; the weights have moved."""
+    kind, text = VICTIMS[name]
+    adaptation, turn = kind(), Turn(0)
+    training = adaptation.surrogate_settings(replace(TRAINING, train_text_encoder=text), backbone.defaults)
+    classes = backbone.encode_all(photos(3, device, seed=2), 2)
+    adaptation.apply(backbone, training, seed=0)
+    instances = backbone.encode_all(photos(3, device), 2)
+    (batch,) = turn.batches(1, 2, 3, device)
+    loss = dreambooth_loss(backbone, training, instances.rows(batch), classes.rows(batch), turn.generator(device))
+    lend(backbone, training).step(loss)
+    return loss.detach()
