@@ -45,7 +45,8 @@ class Result:
     Args:
         seconds: of each timed round.
         warm_up: seconds of the rounds before them, which compile where something is compiled.
-        peak: bytes of the device; 0 where it does not tell.
+        peak: bytes of the device in a timed round; 0 where it does not tell.
+        reserved: bytes that the allocator holds for them, with what a recording keeps for good.
         losses: of the last round: clean, PGD, cloaked.
         waits: how often the host waits in a round, by place.
         graphs: compiled in all of this time.
@@ -54,6 +55,7 @@ class Result:
     seconds: list[float]
     warm_up: float
     peak: int
+    reserved: int
     losses: list[float]
     waits: dict[str, int]
     graphs: int = 0
@@ -75,13 +77,14 @@ def try_out(variant: Variant, name: str, args: argparse.Namespace) -> Result:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     seconds, outcome = timed(side, cloaked, args)
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else 0
+    cuda = args.device == "cuda"
+    peak, reserved = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
     last = args.warm_up + args.rounds
     found = waits(lambda: side.round(outcome.cloaked, Turn(last)), args.device)
     if name in args.profile:
         profile_round(lambda: side.round(outcome.cloaked, Turn(last)), name, args)
     losses = [loss.item() for loss in outcome.losses]
-    return Result(seconds, between(start, end), peak, losses, dict(found.most_common()), graphs())
+    return Result(seconds, between(start, end), peak, reserved, losses, dict(found.most_common()), graphs())
 
 
 def graphs() -> int:
@@ -158,7 +161,7 @@ def report(args: argparse.Namespace, results: dict[str, Result], rounds: Operati
                 f"{done:.3f}",
                 f"{rate:.2f}",
                 f"{rate / args.peak_tflops:.1%}",
-                f"{result.peak / 2**30:.1f}" if result.peak else "",
+                *(f"{size / 2**30:.1f}" if size else "" for size in (result.peak, result.reserved)),
                 str(sum(result.waits.values())),
                 " ".join(f"{loss:.4f}" for loss in result.losses),
             ]
@@ -171,7 +174,7 @@ def report(args: argparse.Namespace, results: dict[str, Result], rounds: Operati
         "graphs",
         *(f"x faster than {n}" for n in references),
     ]
-    header += ["TFLOP a round", "TFLOP/s", "of peak", "peak GiB", "waits", "loss clean, PGD, cloaked"]
+    header += ["TFLOP a round", "TFLOP/s", "of peak", "peak GiB", "reserved GiB", "waits", "loss clean, PGD, cloaked"]
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     title = (
         f"{args.photos} photos, torch {torch.__version__}, {device}; median of {args.rounds} rounds after "
