@@ -213,7 +213,7 @@ def test_a_variant_that_fails_costs_the_others_nothing(tmp_path, capsys, monkeyp
     def tried(variant, name, args):
         if name == "blocks":
             raise RuntimeError("no compiler")
-        return gpu_speed.Result([2.0], 3.0, 0, [1.0], {}, graphs=5)
+        return gpu_speed.Result([2.0], 3.0, 0, 0, [1.0], {}, graphs=5)
 
     monkeypatch.setattr(gpu_speed, "try_out", tried)
     arguments = ["--tiny", "--variants=blocks,bf16", "--schedule=12", f"--output={tmp_path}"]
