@@ -45,7 +45,7 @@ class Result:
     Args:
         seconds: of each timed round.
         warm_up: seconds of the rounds before them, which compile where something is compiled.
-        peak: bytes of the device, of a recorded round those that the allocator has reserved; 0 where it does not tell.
+        peak: bytes of the device; 0 where it does not tell.
         losses: of the last round: clean, PGD, cloaked.
         waits: how often the host waits in a round, by place.
         graphs: compiled in all of this time.
@@ -75,9 +75,7 @@ def try_out(variant: Variant, name: str, args: argparse.Namespace) -> Result:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     seconds, outcome = timed(side, cloaked, args)
-    # What a recording works in is not allocated any more, and nobody else gets it.
-    most = torch.cuda.max_memory_reserved if variant.execution.recorded else torch.cuda.max_memory_allocated
-    peak = most() if args.device == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else 0
     last = args.warm_up + args.rounds
     found = waits(lambda: side.round(outcome.cloaked, Turn(last)), args.device)
     if name in args.profile:
