@@ -78,6 +78,7 @@ VARIANTS = {
     "encoder-blocks": replace(BF16, execution=Execution(compile_blocks="encoder")),
     "encoder-all": replace(BF16, execution=ENCODER),
     "recorded": replace(BF16, execution=Execution(recorded=True)),
+    "recorded-products": replace(BF16, execution=Execution(recorded=True, encoder_attention="products")),
     "recorded-encoder": replace(BF16, execution=replace(ENCODER, recorded=True)),
     "blocks": replace(BF16, execution=Execution(compile_blocks="all")),
     "all": replace(BF16, execution=replace(ENCODER, compile_blocks="all", channels_last="all", recorded=True)),

@@ -186,6 +186,7 @@ class Cloaking(BackboneModule):
         chosen, alone = self.hparams, self.trainer.world_size == 1
         several = bool(chosen.ensemble.backbones)
         return [
+            *(["--model.execution.recorded false"] if chosen.execution.recorded else []),
             *(["--model.micro_batch 1"] if chosen.micro_batch > 1 else []),
             *(["--model.ensemble.offload true"] if several and alone and not chosen.ensemble.offload else []),
         ]

@@ -549,13 +549,14 @@ def test_another_precision_or_resolution_wants_another_surrogate(command, tmp_pa
 
 
 @pytest.mark.slow
-def test_offloading_is_for_one_process(command):
+@pytest.mark.parametrize("flag", ["--model.ensemble.offload", "--model.execution.recorded"])
+def test_offloading_and_recording_are_for_one_process(command, flag):
     ranks = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
-    arguments = command(*ranks, "--model.ensemble.offload=true", config="e-aspl")
+    arguments = command(*ranks, f"{flag}=true", config="e-aspl")
     process = start(arguments)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "leave out --model.ensemble.offload" in output
+    assert f"leave out {flag}" in output
 
 
 def test_offloading_changes_nothing(command, tmp_path, monkeypatch):

@@ -237,6 +237,11 @@ def settings_of_low_memory():
             ["--model.micro_batch=1", "--model.adaptation=LoRA"],
             "--model.surrogate.gradient_checkpointing true, ",
         ),
+        (
+            "aspl",
+            ["--model.micro_batch=1", "--model.adaptation=LoRA", "--model.execution.recorded=true"],
+            "--model.execution.recorded false, --model.surrogate.gradient_checkpointing true, ",
+        ),
         ("aspl", settings_of_low_memory(), ""),
         ("advdm", [], "--model.micro_batch 1, --model.gradient_checkpointing true, "),
         ("advdm", ["--model.micro_batch=1", "--model.gradient_checkpointing=true"], ""),

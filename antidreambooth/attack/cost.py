@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.recording import PASSES
 
 
 @dataclass
@@ -22,17 +22,20 @@ class Passes:
 
 @contextmanager
 def counted(backbones: Sequence[Backbone]) -> Iterator[Passes]:
-    """Counts for as long as the context lasts."""
+    """Counts for as long as the context lasts, what is replayed from a recording too; known at its end."""
     passes = Passes()
 
-    def count(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            setattr(passes, name, getattr(passes, name) + len(inputs[0]))
-
-        return hook
+    def count(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        PASSES[network] += len(inputs[0])
 
     with ExitStack() as hooks:
+        watched: list[tuple[str, nn.Module]] = []
         for backbone in backbones:
-            hooks.enter_context(backbone.unet.register_forward_pre_hook(count("unet")))
-            hooks.enter_context(backbone.vae.encoder.register_forward_pre_hook(count("encoder")))
+            watched += [("unet", backbone.unet), ("encoder", backbone.vae.encoder)]
+        for _, network in watched:
+            PASSES[network] = 0
+            hooks.callback(PASSES.pop, network)
+            hooks.enter_context(network.register_forward_pre_hook(count))
         yield passes
+        for name, network in watched:
+            setattr(passes, name, getattr(passes, name) + PASSES[network])

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+RECORDED_ON = ("cuda",)  # kinds of devices
+PASSES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # images that each watched network has been given
 WARM_UPS = 2  # runs before the one that is recorded: libraries choose kernels and make workspaces in them
 
 
@@ -19,6 +22,7 @@ class Recorded(NamedTuple):
     inputs: list[Tensor]
     outputs: tuple[Tensor, ...]
     gradients: list[Tensor | None]
+    passes: dict[nn.Module, int]
 
 
 class Recording:
@@ -39,7 +43,7 @@ class Recording:
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         """What the function gives, in new tensors."""
-        if arguments[0].device.type != "cuda":
+        if arguments[0].device.type not in RECORDED_ON:
             return self.run(*arguments)
         kind = tuple((one.shape, one.dtype) for one in arguments)
         if kind not in self.known:
@@ -50,25 +54,36 @@ class Recording:
         recorded.graph.replay()
         for weight, gradient in zip(self.weights, recorded.gradients, strict=True):
             weight.grad = gradient
+        for network in PASSES.keys() & recorded.passes.keys():
+            PASSES[network] += recorded.passes[network]
         return tuple(output.clone() for output in recorded.outputs)
 
     def _record(self, arguments: Sequence[Tensor]) -> Recorded:
-        inputs = [one.detach().clone() for one in arguments]
-        device = inputs[0].device
-        side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        usual = torch.cuda.current_stream(device)
+        inputs, counted = [one.detach().clone() for one in arguments], dict(PASSES)
+        self._warm_up(inputs)
+        warm = dict(PASSES)
+        graph, outputs = self._capture(inputs)
+        passes = {network: count - warm[network] for network, count in PASSES.items()}
+        PASSES.update(counted)  # none of these runs counts, a replay does
+        gradients = [weight.grad for weight in self.weights]
+        self._fresh()
+        return Recorded(graph, inputs, outputs, gradients, passes)
+
+    def _warm_up(self, inputs: Sequence[Tensor]) -> None:
+        side: Any = torch.cuda.Stream(inputs[0].device)  # type: ignore[no-untyped-call]
+        usual = torch.cuda.current_stream(inputs[0].device)
         side.wait_stream(usual)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 self.run(*inputs)
                 self._fresh()
         usual.wait_stream(side)
+
+    def _capture(self, inputs: Sequence[Tensor]) -> tuple[Any, tuple[Tensor, ...]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=_pool(inputs[0].device), capture_error_mode="thread_local"):
             outputs = self.run(*inputs)
-        gradients = [weight.grad for weight in self.weights]
-        self._fresh()
-        return Recorded(graph, inputs, outputs, gradients)
+        return graph, outputs
 
     def _fresh(self) -> None:
         """No gradient that the next run would add to, no rounded weight that it would not round again."""

@@ -3,6 +3,8 @@
 from collections import Counter
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +14,18 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from antidreambooth.attack import perturbation, surrogates
+from antidreambooth.attack.cost import counted
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.objectives import Denoising, Targeted
 from antidreambooth.attack.rounds import alternate
+from antidreambooth.diffusion import recording
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.execution import Execution
 from antidreambooth.diffusion.precision import cast_once
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
+from antidreambooth.finetuning.full import Full
 from antidreambooth.finetuning.lora import LoRA
 from antidreambooth.finetuning.weights import BUCKET, Weights, zeros_like
 from antidreambooth.photos.decoding import to_float
@@ -218,6 +223,48 @@ def test_a_decoder_that_rests_decodes_the_same(backbone, monkeypatch):
     assert moved == ["cpu"]
     assert torch.equal(backbone.decode(latents), expected)
     assert moved == ["cpu", "cpu", "cpu"]  # to the latents' device, and back
+
+
+@pytest.mark.parametrize("adaptation", [Full(), LoRA(rank=2)], ids=["full", "lora"])
+def test_a_replayed_round_is_a_plain_one(backbone, adaptation, monkeypatch):
+    """With a stand-in for CUDA graphs: replaying computes into the memory that was there when it was recorded."""
+    replays: list[recording.Recording] = []
+    recorded: list[recording.Recording] = []
+
+    def warm_up(self, inputs):
+        self.run(*inputs)
+        self._fresh()
+
+    def capture(self, inputs):
+        recorded.append(self)
+        assert {weight.dtype for weight in other.parameters()} == {torch.float32}  # rounded copies would not stay
+        outputs = self.run(*inputs)
+        gradients = [weight.grad for weight in self.weights]
+
+        def replay():
+            replays.append(self)
+            kept = dict(recording.PASSES)
+            self._fresh()
+            found = [*self.run(*inputs), *(weight.grad for weight in self.weights)]
+            for memory, value in zip([*outputs, *gradients], found, strict=True):
+                memory.copy_(value)
+            self._fresh()
+            recording.PASSES.update(kept)  # a graph calls no hook
+
+        return SimpleNamespace(replay=replay), outputs
+
+    settings, other = Settings(training=TRAINING, adaptation=adaptation), deepcopy(backbone)
+    with counted([backbone]) as plain:
+        expected = two_rounds(backbone, settings)
+    monkeypatch.setattr(recording, "RECORDED_ON", ("cpu",))
+    monkeypatch.setattr(recording.Recording, "_warm_up", warm_up)
+    monkeypatch.setattr(recording.Recording, "_capture", capture)
+    with counted([other]) as passes:
+        found = two_rounds(other, replace(settings, execution=Execution(recorded=True)))
+    assert same(found, expected)
+    assert passes == plain
+    assert len(recorded) == 2
+    assert len(replays) == 2 * (2 * 2 + 6)  # rounds, phases of two steps, PGD
 
 
 def test_recorded_steps_compute_the_same(backbone):
