@@ -54,7 +54,6 @@ class Variant:
 
 BF16 = Variant(bf16=True, tf32=True)
 LAST = replace(BF16, channels_last=True, autotune=True)
-ENCODER = Execution(compile_blocks="encoder", channels_last="encoder", encoder_attention="products")
 VARIANTS = {
     "plain": Variant(plain=True),
     "plain-bf16": Variant(plain=True, bf16=True, tf32=True),
@@ -73,15 +72,7 @@ VARIANTS = {
     "checkpoint-vae": replace(BF16, checkpointing="vae"),
     "checkpoint": replace(BF16, checkpointing=True),
     "decoder-rests": replace(BF16, execution=Execution(decoder_rests=True)),
-    "products": replace(BF16, execution=Execution(encoder_attention="products")),
-    "encoder-last": replace(BF16, execution=Execution(channels_last="encoder")),
-    "encoder-blocks": replace(BF16, execution=Execution(compile_blocks="encoder")),
-    "encoder-all": replace(BF16, execution=ENCODER),
     "recorded": replace(BF16, execution=Execution(recorded=True)),
-    "recorded-products": replace(BF16, execution=Execution(recorded=True, encoder_attention="products")),
-    "recorded-encoder": replace(BF16, execution=replace(ENCODER, recorded=True)),
-    "blocks": replace(BF16, execution=Execution(compile_blocks="all")),
-    "all": replace(BF16, execution=replace(ENCODER, compile_blocks="all", channels_last="all", recorded=True)),
 }
 OPTIONAL = tuple(list(VARIANTS)[list(VARIANTS).index("max-autotune") :])  # only when asked for
 REFERENCES = ("plain", "plain-bf16", "bf16-neither")

@@ -135,8 +135,8 @@ FALLING = ["--model.step_rule.schedule=linear", "--model.step_rule.random_start=
         ("e-aspl", ["--model.ensemble.offload=true"], {"offload": True}),
         (
             "aspl",
-            ["--model.execution.encoder_attention=products", "--model.execution.decoder_rests=true"],
-            {"execution": Execution(encoder_attention="products", decoder_rests=True)},
+            ["--model.execution.decoder_rests=true"],
+            {"execution": Execution(decoder_rests=True)},
         ),
         ("advdm", ["--model.prompt=a photo of an old man"], {"prompt": "a photo of an old man"}),
         ("advdm", [*L2, "--model.pgd_steps=3"], {"step_rule": NormalizedL2(), "pgd_steps": 3}),

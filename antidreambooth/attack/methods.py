@@ -158,15 +158,14 @@ class Assembly:
         self.backbones = list(backbones)
         if not self.learns:
             self.prompts = list(prompts or [given(chosen.prompt, self._usual_prompt(one)) for one in backbones])
-        for backbone in self.backbones:
-            if self.learns:
-                training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)
-                self.trainings.append(training)
-                self.classes.append(class_latents(backbone, training.prior) if training.prior.weight else None)
-                chosen.adaptation.apply(backbone, training, seed)
-            else:
+            for backbone in self.backbones:
                 backbone.checkpoint(chosen.training.gradient_checkpointing)
-            chosen.execution.prepare(backbone)
+            return
+        for backbone in self.backbones:
+            training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)
+            self.trainings.append(training)
+            self.classes.append(class_latents(backbone, training.prior) if training.prior.weight else None)
+            chosen.adaptation.apply(backbone, training, seed)
 
     def groups(self) -> list[dict[str, Any]]:
         """AdamW's parameter groups: what the surrogates learn with, each at its own learning rate."""

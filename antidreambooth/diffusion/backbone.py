@@ -105,14 +105,6 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def blocks(self, network: nn.Module) -> list[nn.Module]:
-        """What one of the networks consists of mostly: the parts that are worth compiling, none inside another."""
-
-    @abstractmethod
-    def attend_by_products(self) -> None:
-        """Computes the encoder's attention by plain matrix products, where fused kernels are slow."""
-
-    @abstractmethod
     def rest_decoder(self) -> None:
         """Keeps the decoder in main memory from now on; ``decode`` has it on the device while it is at work."""
 

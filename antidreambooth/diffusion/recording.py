@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,32 @@ PASSES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # images that e
 WARM_UPS = 2  # runs before the one that is recorded: libraries choose kernels and make workspaces in them
 
 
+class Pool:
+    """The memory of recordings: they run one after the other, and what one leaves behind is copied at once.
+
+    CUDA's allocator forgets a pool with the last graph in it, and must not be given its handle again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self.handle: Any = torch.cuda.graph_pool_handle()
+
+    @classmethod
+    def of(cls, device: torch.device) -> Pool:
+        """The one of all recordings that there are on a device; a new one where there are none."""
+        if (pool := POOLS.get(device)) is None:
+            pool = POOLS[device] = cls(device)
+        return pool
+
+
+POOLS: WeakValueDictionary[torch.device, Pool] = WeakValueDictionary()
+
+
 class Recorded(NamedTuple):
     """A CUDA graph and the tensors that it reads and writes: always the same memory."""
 
     graph: Any
+    pool: Pool | None
     inputs: list[Tensor]
     outputs: tuple[Tensor, ...]
     gradients: list[Tensor | None]
@@ -62,12 +83,12 @@ class Recording:
         inputs, counted = [one.detach().clone() for one in arguments], dict(PASSES)
         self._warm_up(inputs)
         warm = dict(PASSES)
-        graph, outputs = self._capture(inputs)
+        graph, pool, outputs = self._capture(inputs)
         passes = {network: count - warm[network] for network, count in PASSES.items()}
         PASSES.update(counted)  # none of these runs counts, a replay does
         gradients = [weight.grad for weight in self.weights]
         self._fresh()
-        return Recorded(graph, inputs, outputs, gradients, passes)
+        return Recorded(graph, pool, inputs, outputs, gradients, passes)
 
     def _warm_up(self, inputs: Sequence[Tensor]) -> None:
         side: Any = torch.cuda.Stream(inputs[0].device)  # type: ignore[no-untyped-call]
@@ -79,21 +100,14 @@ class Recording:
                 self._fresh()
         usual.wait_stream(side)
 
-    def _capture(self, inputs: Sequence[Tensor]) -> tuple[Any, tuple[Tensor, ...]]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool(inputs[0].device), capture_error_mode="thread_local"):
+    def _capture(self, inputs: Sequence[Tensor]) -> tuple[Any, Pool | None, tuple[Tensor, ...]]:
+        graph, pool = torch.cuda.CUDAGraph(), Pool.of(inputs[0].device)
+        with torch.cuda.graph(graph, pool=pool.handle, capture_error_mode="thread_local"):
             outputs = self.run(*inputs)
-        return graph, outputs
+        return graph, pool, outputs
 
     def _fresh(self) -> None:
         """No gradient that the next run would add to, no rounded weight that it would not round again."""
         for weight in self.weights:
             weight.grad = None
         torch.clear_autocast_cache()
-
-
-@cache
-def _pool(device: torch.device) -> Any:
-    """The memory of all recordings: they run one after the other, and what one leaves behind is copied at once."""
-    with torch.cuda.device(device):
-        return torch.cuda.graph_pool_handle()

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,10 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from antidreambooth.attack import perturbation, surrogates
 from antidreambooth.attack.cost import counted
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
-from antidreambooth.attack.objectives import Denoising, Targeted
+from antidreambooth.attack.objectives import Targeted
 from antidreambooth.attack.rounds import alternate
 from antidreambooth.diffusion import recording
-from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.execution import Execution
 from antidreambooth.diffusion.precision import cast_once
 from antidreambooth.diffusion.seeding import Turn
@@ -157,58 +155,6 @@ def test_only_a_fused_adamw_gets_its_moments_from_us():
     assert {*fused.state[weight]} == {"step", "exp_avg", "exp_avg_sq"}
 
 
-EXECUTIONS = {
-    "products": Execution(encoder_attention="products"),
-    "channels-last": Execution(channels_last="all"),
-    "encoder-last": Execution(channels_last="encoder"),
-}
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS.values(), ids=EXECUTIONS.keys())
-def test_other_kernels_change_rounding_alone(backbone, execution):
-    other = deepcopy(backbone)
-    images = to_float(random_images(2))
-    draw = Draw.sample(backbone, torch.Size((2, 4, 8, 8)), Denoising().timesteps, Turn(0).generator(images.device))
-    execution.prepare(other)
-    (found, value), (wanted, expected) = (
-        perturbation.pixel_gradient(Denoising(), one, images, one.embed(["a photo"]), [draw], 2)
-        for one in (other, backbone)
-    )
-    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-8)
-    attention = [one for one in other.vae.encoder.modules() if isinstance(one, Attention)]
-    assert len(attention) == 1
-    assert (type(attention[0].processor) is AttnProcessor) == (execution.encoder_attention == "products")
-    layouts = {
-        name: getattr(other, name).conv_in.weight.is_contiguous(memory_format=torch.channels_last) for name in ("unet",)
-    }
-    assert layouts["unet"] == (execution.channels_last == "all")
-    assert other.vae.encoder.conv_out.weight.is_contiguous() == (execution.channels_last == "none")
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it
-@pytest.mark.parametrize("which", ["encoder", "all"])
-def test_blocks_are_compiled_and_compute_the_same(backbone, which, monkeypatch):
-    compiled, plain = [], nn.Module.compile
-
-    def compile_(self, **how):
-        compiled.append(self)
-        plain(self, backend="eager", **how)
-
-    monkeypatch.setattr(nn.Module, "compile", compile_)
-    settings, other = Settings(training=TRAINING), deepcopy(backbone)
-    expected = two_rounds(backbone, settings)
-    found = two_rounds(other, Settings(training=TRAINING, execution=Execution(compile_blocks=which)))
-    torch.compiler.reset()
-    assert same(found, expected)
-    inside = {id(module) for block in compiled for module in block.modules() if module is not block}
-    assert compiled
-    assert not inside & {id(block) for block in compiled}
-    of_encoder = [one for one in other.vae.encoder.modules() if any(one is block for block in compiled)]
-    assert of_encoder
-    assert (len(of_encoder) == len(compiled)) == (which == "encoder")
-
-
 def test_a_decoder_that_rests_decodes_the_same(backbone, monkeypatch):
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected, moved, move = backbone.decode(latents), [], nn.Module.to
@@ -251,7 +197,7 @@ def test_a_replayed_round_is_a_plain_one(backbone, adaptation, monkeypatch):
             self._fresh()
             recording.PASSES.update(kept)  # a graph calls no hook
 
-        return SimpleNamespace(replay=replay), outputs
+        return SimpleNamespace(replay=replay), None, outputs
 
     settings, other = Settings(training=TRAINING, adaptation=adaptation), deepcopy(backbone)
     with counted([backbone]) as plain:
@@ -265,6 +211,21 @@ def test_a_replayed_round_is_a_plain_one(backbone, adaptation, monkeypatch):
     assert passes == plain
     assert len(recorded) == 2
     assert len(replays) == 2 * (2 * 2 + 6)  # rounds, phases of two steps, PGD
+
+
+def test_a_pool_ends_with_its_last_recording(monkeypatch):
+    """Its handle means nothing afterwards: another run in the process needs another."""
+    handles = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    device = torch.device("cuda", 0)
+    first, second = recording.Pool.of(device), recording.Pool.of(device)
+    assert first is second
+    assert recording.Pool.of(torch.device("cuda", 1)).handle == 1
+    del first
+    assert recording.Pool.of(device) is second
+    del second
+    assert recording.Pool.of(device).handle == 2
 
 
 def test_recorded_steps_compute_the_same(backbone):

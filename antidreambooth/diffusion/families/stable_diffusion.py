@@ -12,11 +12,8 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from antidreambooth.diffusion.backbone import Backbone, Checkpointing, Posterior, precise
@@ -43,7 +40,6 @@ CONDITIONED = (  # keys of a U-Net's config that say what else it is told, besid
     "num_class_embeds",
     "encoder_hid_dim",
 )
-BLOCKS = (ResnetBlock2D, Transformer2DModel, Attention)
 SHORTEST = 3  # tokens of a prompt: start, end, and one between them
 
 
@@ -113,15 +109,6 @@ class StableDiffusion(Backbone):
         if which is True:
             self.unet.enable_gradient_checkpointing()
 
-    def blocks(self, network: nn.Module) -> list[nn.Module]:
-        """Residual blocks, transformers, and the one attention of the VAE's encoder."""
-        return _outermost(network, BLOCKS)
-
-    def attend_by_products(self) -> None:
-        """A head of 512 channels, too wide for flash attention; what torch takes instead is slow backwards."""
-        for attention in _outermost(self.vae.encoder, (Attention,)):
-            cast(Attention, attention).set_processor(AttnProcessor())
-
     def rest_decoder(self) -> None:
         """The VAE's decoder."""
         self.decoder_rests = True
@@ -143,13 +130,6 @@ class StableDiffusion(Backbone):
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-
-def _outermost(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:
-    """The modules of these kinds, without those inside one of them."""
-    if isinstance(network, kinds):
-        return [network]
-    return [found for child in network.children() for found in _outermost(child, kinds)]
 
 
 def check(configs: Mapping[str, dict[str, Any]], defaults: Defaults, name: str) -> None:
