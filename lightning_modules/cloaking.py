@@ -60,7 +60,8 @@ class Cloaking(BackboneModule):
         step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
         pgd_steps: PGD steps in a round.
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
-        draws: of timestep and noise for each time that photos are encoded; a step goes along their mean gradient.
+        draws: of timestep and noise for each time that photos are encoded; a step goes along their mean gradient, as
+            expectation over transforms does (arXiv:1707.07397). One as published; a step takes longer with more.
         objective: what the perturbation maximises: Denoising (when not given), Targeted, Transformed.
         step_rule: what a PGD step does with the gradient: Sign (when not given), Momentum, NormalizedL2; each has a
             schedule of the step size and a random start.

@@ -72,7 +72,8 @@ class Settings:
         step_rule: what a PGD step does with the gradient.
         pgd_steps: PGD steps in a round; the method's own when not given.
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
-        draws: of timestep and noise for each time that photos are encoded; a step goes along their mean gradient.
+        draws: of timestep and noise for each time that photos are encoded; a step goes along their mean gradient, as
+            expectation over transforms does (arXiv:1707.07397). One as published; a step takes longer with more.
         objective: what the perturbation maximises; the method's own when not given.
         training: how an alternating surrogate learns; of a model that does not learn only its checkpointing counts.
         adaptation: what of an alternating surrogate learns: ``Full`` or, for less memory, ``LoRA``.
