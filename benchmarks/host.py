@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 import warnings
 from collections import Counter
@@ -68,9 +69,9 @@ def waits(run: Callable[[], object], device: str) -> Counter[str]:
 
 def place() -> str:
     """The innermost line of the engine, or of a benchmark, that is being run."""
-    frames = [frame for frame in reversed(traceback.extract_stack()) if frame.filename != __file__]
+    codes = [(frame.f_code, line) for frame, line in traceback.walk_stack(None)]
     for folder in ("antidreambooth", "benchmarks"):
-        for frame in frames:
-            if Path(frame.filename).is_relative_to(ROOT / folder):
-                return f"{Path(frame.filename).relative_to(ROOT)}:{frame.lineno} ({frame.name})"
+        for code, line in codes:
+            if code.co_filename.startswith(f"{ROOT / folder}{os.sep}") and code.co_filename != __file__:
+                return f"{Path(code.co_filename).relative_to(ROOT)}:{line} ({code.co_name})"
     return "elsewhere"

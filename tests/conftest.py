@@ -252,6 +252,6 @@ def contents(folder: Path) -> dict[str, object]:
 
 
 def random_images(count: int, side: int = 16, seed: int = 0) -> torch.Tensor:
-    """8-bit pictures, count 3 side side."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+    """8-bit pictures, count 3 side side, on the CPU."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8, device="cpu")

@@ -19,7 +19,7 @@ from antidreambooth.diffusion.backbone import Backbone, Posterior, frozen
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.precision import cast_once
 from antidreambooth.diffusion.recording import Recording
-from antidreambooth.diffusion.seeding import Turn
+from antidreambooth.diffusion.seeding import Turn, uniform
 from antidreambooth.errors import require
 
 STEP = 1 / 127.5  # one 8-bit step of a pixel, in [-1, 1]
@@ -39,8 +39,8 @@ def project(
 
 def random_noise(originals: UInt8[Tensor, "n 3 h w"], budget: float, seed: int) -> UInt8[Tensor, "n 3 h w"]:
     """The control: each value goes up or down by the whole (floored) budget, with even chance, within 0..255."""
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, originals.shape, generator=generator) * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(seed)
+    signs = torch.randint(0, 2, originals.shape, generator=generator, device="cpu") * 2 - 1
     return (originals.int() + signs * int(budget)).clamp(0, 255).to(torch.uint8)
 
 
@@ -138,7 +138,7 @@ class PGD:
         if not self.rule.random_start:
             return torch.zeros_like(originals)
         generator = Turn(0, seed).generator(torch.device("cpu"))
-        noise = torch.rand(originals.shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1
+        noise = uniform(originals.shape, generator) * 2 - 1
         return self.project(originals + self.budget * STEP * noise.to(originals), originals) - originals
 
     def __call__(
@@ -163,7 +163,7 @@ class PGD:
         size = self.effective_step_size * STEP
         backbone = surrogate.backbone
         memory = self.rule.begin(originals) if memory is None or not self.rule.lasting else memory
-        total, slope = torch.zeros((2,), device=originals.device)
+        total, slope = torch.zeros((2,), device=originals.device, dtype=torch.float32)
         # A recording rounds weights by itself: it reads those that stay where they are.
         rounded = nullcontext() if self.recorded else cast_once(backbone.unet, backbone.vae.encoder)
         with frozen(backbone), rounded:

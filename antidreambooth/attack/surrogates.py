@@ -69,13 +69,13 @@ class Fixed:
 
     def learn_clean(self, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
         """Learns nothing."""
-        return torch.zeros((), device=generator.device)
+        return torch.zeros((), device=generator.device, dtype=torch.float32)
 
     def learn_cloaked(
         self, images: Float[Tensor, "n 3 h w"], turn: Turn, generator: torch.Generator
     ) -> Float[Tensor, ""]:
         """Learns nothing."""
-        return torch.zeros((), device=generator.device)
+        return torch.zeros((), device=generator.device, dtype=torch.float32)
 
     @torch.no_grad()
     def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
@@ -84,7 +84,7 @@ class Fixed:
 
     def weight_norm(self) -> Float[Tensor, ""]:
         """No weight learns."""
-        return torch.zeros((), device=self.backbone.alphas_cumprod.device)
+        return torch.zeros((), device=self.backbone.alphas_cumprod.device, dtype=torch.float32)
 
 
 class Alternating:
@@ -136,7 +136,7 @@ class Alternating:
         where = instances.mean.device
         batches = turn.batches(steps, size, len(instances.mean), where)
         classes = turn.batches(steps, size, len(self.classes.mean), where) if self.classes else batches
-        total = torch.zeros((), device=instances.mean.device)
+        total = torch.zeros((), device=where, dtype=torch.float32)
         self.weights.forget()  # whoever writes a checkpoint may have filled in moments
         backbone, training = self.backbone, self.training
         prompts = still_prompts(backbone, training, self.classes is not None)

@@ -61,6 +61,6 @@ def target_image(name: str, side: int) -> Float[Tensor, "1 3 side side"]:
     if name not in PATTERNS:
         (photo,) = load_photos(Path(name), side)
         return to_float(photo.pixels[None])
-    middle = (torch.arange(side) + 0.5) / side  # of each pixel, from 0 to 1
+    middle = (torch.arange(side, device="cpu", dtype=torch.float32) + 0.5) / side  # of each pixel, from 0 to 1
     y, x = torch.meshgrid(middle, middle, indexing="ij")
     return (PATTERNS[name](y, x) * 2 - 1).expand(1, 3, side, side)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from antidreambooth.diffusion.seeding import uniform
 from antidreambooth.errors import require
 
 
@@ -29,7 +30,7 @@ class Flip(Transform):
 
     def draw(self, count: int, generator: torch.Generator) -> Float[Tensor, "n numbers"]:
         """One number in [0, 1) a picture."""
-        return torch.rand((count, 1), generator=generator, device=generator.device)
+        return uniform((count, 1), generator)
 
     def __call__(self, images: Float[Tensor, "n 3 h w"], drawn: Float[Tensor, "n numbers"]) -> Float[Tensor, "n 3 h w"]:
         """The pictures, some of them mirrored."""
@@ -49,7 +50,7 @@ class Crop(Transform):
 
     def draw(self, count: int, generator: torch.Generator) -> Float[Tensor, "n numbers"]:
         """Three numbers in [0, 1) a picture: side, left, top."""
-        return torch.rand((count, 3), generator=generator, device=generator.device)
+        return uniform((count, 3), generator)
 
     def __call__(self, images: Float[Tensor, "n 3 h w"], drawn: Float[Tensor, "n numbers"]) -> Float[Tensor, "n 3 h w"]:
         """The squares."""
@@ -65,4 +66,4 @@ class Crop(Transform):
 
 def _middles(count: int, like: Tensor) -> Float[Tensor, " count"]:
     """Middles of pixels along a side, from -1 to 1; affine_grid's matrix product would round them under autocast."""
-    return (2 * torch.arange(count, device=like.device) + 1) / count - 1
+    return (2 * torch.arange(count, device=like.device, dtype=torch.float32) + 1) / count - 1

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.seeding import normal
 
 
 class TimestepSampler(ABC):
@@ -44,7 +45,7 @@ class Draw:
     ) -> Draw:
         """For latents of ``shape`` (n c h w), on the generator's device."""
         drawn = timesteps(shape[0], backbone.timesteps, generator)
-        noise, posterior_noise = torch.randn((2, *shape), generator=generator, device=generator.device)
+        noise, posterior_noise = normal((2, *shape), generator)
         return cls(drawn, noise, posterior_noise)
 
     @property

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import given
-from antidreambooth.diffusion.precision import full_precision
-from antidreambooth.diffusion.seeding import require_seed
+from antidreambooth.diffusion.precision import full_precision, made_on_cpu
+from antidreambooth.diffusion.seeding import normal, require_seed
 from antidreambooth.errors import InputError, require
 
 
@@ -68,7 +68,7 @@ def sample(
     # Of no effect where latents are given; but the pipeline looks at the U-Net's sample_size where there is none, and
     # wants multiples of 8.
     side = 8 * noise.shape[-1]
-    with evaluating(backbone):
+    with made_on_cpu(), evaluating(backbone):  # diffusers tokenizes to the default device
         latents: Tensor = backbone.pipeline()(
             prompt=[prompt] * len(noise),
             latents=noise,
@@ -121,9 +121,8 @@ def noise_of(backbone: Backbone, resolution: int, indices: Iterable[int], seed: 
     side = resolution // backbone.downscale
     shape = (backbone.latent_channels, side, side)
     words = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] for index in indices]
-    # The device is named: where a model is being built, a trainer makes another one the default.
     generators = [torch.Generator("cpu").manual_seed(int(word)) for word in words]
-    noise = [torch.randn(shape, generator=generator, device="cpu") for generator in generators]
+    noise = [normal(shape, generator) for generator in generators]
     return torch.stack(noise).to(backbone.alphas_cumprod.device)
 
 

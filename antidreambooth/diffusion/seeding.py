@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float32, Int
 from torch import Tensor
 
 from antidreambooth.errors import require
@@ -21,6 +22,16 @@ def require_seed(name: str, seed: int) -> None:
         OutOfRangeError: it is not from 0 to ``LARGEST``.
     """
     require(name, seed, 0, LARGEST)
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator) -> Float32[Tensor, "*shape"]:
+    """Numbers in [0, 1), where the generator is; all noise says where and in what, as defaults belong to the caller."""
+    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> Float32[Tensor, "*shape"]:
+    """Standard normal numbers, where the generator is."""
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

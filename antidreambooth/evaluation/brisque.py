@@ -127,6 +127,6 @@ def _model() -> _Model:
     settings = dict(line.split(" ", 1) for line in header.splitlines())
     rows = np.array([[float(cell.rpartition(":")[2]) for cell in line.split()] for line in body.splitlines()])
     vectors = torch.from_numpy(rows)
-    lowest, highest = (torch.tensor(ranges[key], dtype=torch.float64) for key in ("min_", "max_"))
+    lowest, highest = (torch.tensor(ranges[key], dtype=torch.float64, device="cpu") for key in ("min_", "max_"))
     gamma, rho = float(settings["gamma"]), float(settings["rho"])
     return _Model(lowest, highest, gamma, rho, vectors[:, 0], vectors[:, 1:])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from antidreambooth.diffusion.backbone import Backbone
-from antidreambooth.diffusion.precision import borrowing, full_precision, usual_device
+from antidreambooth.diffusion.precision import borrowing, full_precision, made_on_cpu, usual_device
 from antidreambooth.diffusion.sampling import eight_bits
 from antidreambooth.errors import require
 from antidreambooth.finetuning import augmentation
@@ -114,7 +114,7 @@ class Clean(Condition):
     def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
         """One photo at a time, each from noise of its own."""
         backbone, device = scene.backbone(), usual_device()
-        with full_precision(device), borrowing(backbone, device):
+        with made_on_cpu(), full_precision(device), borrowing(backbone, device):
             return self._cleaned(backbone, photos, scene.seed)
 
     def _cleaned(self, backbone: Backbone, photos: Tensor, seed: int) -> Tensor:
@@ -127,7 +127,7 @@ class Clean(Condition):
                 strength=self.strength,
                 num_inference_steps=self.steps,
                 guidance_scale=self.guidance_scale,
-                generator=torch.Generator().manual_seed(seed + index),
+                generator=torch.Generator("cpu").manual_seed(seed + index),
                 output_type="pt",
             ).images
             for index, photo in enumerate(photos)

@@ -112,7 +112,7 @@ class Dlib(FaceModel):
     @staticmethod
     def _face(image: Tensor, box: Any) -> Face:
         shape = _dlib().predictor(_pixels(image), box)
-        landmarks = torch.tensor([[part.x, part.y] for part in shape.parts()], dtype=torch.float32)
+        landmarks = torch.tensor([[part.x, part.y] for part in shape.parts()], dtype=torch.float32, device="cpu")
         edges = float(box.left()), float(box.top()), float(box.right()), float(box.bottom())
         return Face(edges, landmarks)
 
@@ -164,9 +164,9 @@ def find(model: FaceModel, images: UInt8[Tensor, "n 3 h w"]) -> Found:
     """The largest face of each picture; what is found is on the CPU, where face models work, wherever pictures are."""
     images = images.cpu()
     faces = [model.faces(image)[:1] for image in images]
-    present = torch.tensor([bool(found) for found in faces], dtype=torch.bool)
+    present = torch.tensor([bool(found) for found in faces], dtype=torch.bool, device="cpu")
     aligned = [model.align(image, face) for image, found in zip(images, faces, strict=True) for face in found]
-    embeddings = torch.full((len(images), model.dimensions), torch.nan)
+    embeddings = torch.full((len(images), model.dimensions), torch.nan, dtype=torch.float32, device="cpu")
     if aligned:
         embeddings[present] = model.embed_aligned(torch.stack(aligned))
     return Found(embeddings, present, aligned)

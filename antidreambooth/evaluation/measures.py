@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from antidreambooth.diffusion.precision import full_precision
+from antidreambooth.diffusion.seeding import normal
 from antidreambooth.evaluation.brisque import brisque, brisque_available
 from antidreambooth.evaluation.faces import FaceModel, Found, find
 from antidreambooth.evaluation.per_image import PerImage
@@ -180,6 +181,6 @@ def disturbed(face: UInt8[Tensor, "3 s s"]) -> UInt8[Tensor, "4 3 s s"]:
     shifted = F.pad(face[None].float(), (step, 0, step, 0), mode="replicate")[0, :, :side, :side]
     inner = face[None, :, step:-step, step:-step].float()
     cropped = F.interpolate(inner, (side, side), mode="bilinear", antialias=True)[0]
-    noise = torch.randn(face.shape, generator=torch.Generator().manual_seed(0)).to(face.device)  # the same for each
+    noise = normal(face.shape, torch.Generator("cpu").manual_seed(0)).to(face.device)  # the same for each
     changed = [face.flip(-1).float(), shifted, cropped, face + 8 * noise]
     return torch.stack(changed).round().clamp(0, 255).to(torch.uint8)

@@ -9,6 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from antidreambooth.diffusion.precision import made_on_cpu
+
 
 class PerImage(Metric):
     """Keeps a value for each picture, NaN where undefined; computes the mean of the defined ones over all ranks.
@@ -24,7 +26,8 @@ class PerImage(Metric):
     values: list[Tensor]  # one tensor for each update; a tensor of all ranks inside ``sync_context()``
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        with made_on_cpu():
+            super().__init__(**kwargs)
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def add(self, values: Float[Tensor, " n"]) -> None:

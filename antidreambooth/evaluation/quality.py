@@ -15,6 +15,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import AlexNet_Weights
 
+from antidreambooth.diffusion.precision import made_on_cpu
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.per_image import PerImage
 from antidreambooth.photos.decoding import to_float
@@ -44,6 +45,7 @@ def cloak_quality(original: UInt8[Tensor, "3 h w"], cloaked: UInt8[Tensor, "3 h 
     }
 
 
+@made_on_cpu()  # torchmetrics makes tensors where the default is
 def psnr(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
     """Peak signal to noise in dB, higher is closer; NaN for equal pictures."""
     ratio = peak_signal_noise_ratio(
@@ -52,6 +54,7 @@ def psnr(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) 
     return ratio.where(ratio.isfinite(), torch.nan)
 
 
+@made_on_cpu()
 def ssim(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
     """Structural similarity, at most 1, which is equal."""
     found = structural_similarity_index_measure(cloaked.double(), original.double(), data_range=255.0, reduction="none")
@@ -64,6 +67,7 @@ def largest_difference(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor
     return (cloaked.double() - original.double()).abs().amax((1, 2, 3))
 
 
+@made_on_cpu()
 def lpips(original: UInt8[Tensor, "n 3 h w"], cloaked: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
     """Distance in AlexNet's features (arXiv:1801.03924), 0 is equal.
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from antidreambooth.diffusion.seeding import uniform
 from antidreambooth.errors import require
 
 
@@ -43,7 +44,7 @@ class Augmentation:
         return torch.stack([self._one(picture, generator) for picture in pictures])
 
     def _one(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        scale, top, left, mirror = torch.rand(4, generator=generator, device=generator.device).tolist()
+        scale, top, left, mirror = uniform((4,), generator).tolist()
         height, width = picture.shape[1:]
         if self.jpeg is not None:
             picture = jpeg(picture, self.jpeg)

@@ -25,8 +25,8 @@ from tests.conftest import random_images
 
 PROMPT = "a photo of sks person"
 RATE = 1e-3
-TRAINING = DreamBooth(learning_rate=RATE, steps=2, batch_size=2, prior=PriorPreservation(weight=0.5, images=4))
-ROUND = Settings(pgd_steps=2, micro_batch=2, training=TRAINING)
+TRAINING = DreamBooth(learning_rate=RATE, steps=1, batch_size=2, prior=PriorPreservation(weight=0.5, images=4))
+ROUND = Settings(pgd_steps=1, micro_batch=2, training=TRAINING)
 BOTH = Transformed([Flip(), Crop()])
 CHECKPOINTED = replace(TRAINING, gradient_checkpointing=True)
 
@@ -86,15 +86,22 @@ def ready(name: str, models: Sequence[Backbone], device: torch.device, lend: Len
     return Ready(surrogates, originals, cloaked, assembly.attack, Turn(0, rounds=2))
 
 
-def a_victims_step(name: str, backbone: Backbone, device: torch.device, lend: Lend = plain_weights) -> Tensor:
-    """The loss of one step of one of ``VICTIMS``, class images included; the weights have moved."""
+def a_victims_step(
+    name: str, backbone: Backbone, device: torch.device, lend: Lend = plain_weights
+) -> Callable[[], Tensor]:
+    """A training step of one of ``VICTIMS``, class images included; it gives the loss."""
     kind, text = VICTIMS[name]
     adaptation, turn = kind(), Turn(0)
     training = adaptation.surrogate_settings(replace(TRAINING, train_text_encoder=text), backbone.defaults)
     classes = backbone.encode_all(photos(3, device, seed=2), 2)
     adaptation.apply(backbone, training, seed=0)
-    instances = backbone.encode_all(photos(3, device), 2)
-    (batch,) = turn.batches(1, 2, 3, device)
-    loss = dreambooth_loss(backbone, training, instances.rows(batch), classes.rows(batch), turn.generator(device))
-    lend(backbone, training).step(loss)
-    return loss.detach()
+    instances, weights = backbone.encode_all(photos(3, device), 2), lend(backbone, training)
+
+    def step() -> Tensor:
+        (batch,) = turn.batches(1, 2, 3, device)
+        chosen = instances.rows(batch), classes.rows(batch)
+        loss = dreambooth_loss(backbone, training, *chosen, turn.generator(device))
+        weights.step(loss)
+        return loss.detach()
+
+    return step

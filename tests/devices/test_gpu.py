@@ -84,7 +84,7 @@ def test_a_victims_step_is_that_of_the_cpu(load, device, name):
     with same_noise():
         for where in (device, CPU):
             backbone, _ = load(where)
-            loss = a_victims_step(name, backbone, where)
+            loss = a_victims_step(name, backbone, where)()
             moved.append((loss.cpu(), torch.cat([weight.detach().flatten().cpu() for weight in backbone.learned()])))
     (loss, weights), (wanted, others) = moved
     torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=1e-5)
@@ -102,7 +102,7 @@ def test_the_same_round_is_the_same_bytes(load, device, name):
 @pytest.mark.parametrize("name", VICTIMS)
 def test_a_victim_learns_where_it_is(load, device, name):
     backbone, _ = load(device)
-    assert a_victims_step(name, backbone, device).isfinite()
+    assert a_victims_step(name, backbone, device)().isfinite()
     assert {tensor.device for tensor in (*backbone.parameters(), *backbone.buffers())} == {device}
     assert torch.cat([weight.flatten() for weight in backbone.learned()]).isfinite().all()
 
