@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -53,6 +54,10 @@ def compared(pictures):
     return [measure.compute() for measure in measures], quality.cloak_quality(*pictures[:2])
 
 
+def conditioned(kind, pictures):
+    return kind()(pictures, Scene(pytest.fail, pictures))
+
+
 PARTS = {
     "photos": lambda pictures: to_8bit(to_float(pictures) * 0.9, pictures, 8.0),
     "random noise": lambda pictures: random_noise(pictures, 8.0, 0),
@@ -63,7 +68,7 @@ PARTS = {
     "brisque": brisque.features,
     "batches": lambda pictures: Turn(3).batches(2, 2, 5, CPU),
     **{
-        kind.__name__: lambda pictures, kind=kind: kind()(pictures, Scene(pytest.fail, pictures))
+        kind.__name__: partial(conditioned, kind)
         for kind in (conditions.JPEG, conditions.Rescale, conditions.Blur, conditions.Mix)
     },
 }
