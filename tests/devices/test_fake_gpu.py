@@ -16,11 +16,14 @@ from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.sampling import noise_of, sample
+from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.evaluation import brisque, conditions, quality
 from antidreambooth.evaluation.conditions import Clean, Scene
 from antidreambooth.evaluation.faces import Face, reference
 from antidreambooth.evaluation.measures import face_measures
+from antidreambooth.finetuning.augmentation import Augmentation
 from antidreambooth.finetuning.dreambooth import PriorPreservation
+from lightning_modules.victim import Victim
 from tests.conftest import random_images
 from tests.devices.fake import CUDA, empty_on, fake_gpu, lend
 from tests.devices.paths import PROMPT, ROUND, ROUNDS, TRAINING, VICTIMS, a_victims_step, ready
@@ -144,6 +147,24 @@ def test_faces_are_looked_for_on_the_cpu_and_measured_on_the_device():
         columns = face_measures(model, known).to(CUDA).forward_images(pictures)
     assert model.seen == [CPU] * 3
     assert {(column.device, column.dtype) for column in columns.values()} == {(CUDA, torch.float32)}
+
+
+def test_photos_are_augmented_where_they_are():
+    with fake_gpu():
+        pictures = torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=CUDA)
+        changed = Augmentation(crop=0.5, flip=True)(pictures, Turn(0).generator(CUDA))
+    assert (changed.device, changed.dtype) == (CUDA, torch.uint8)
+
+
+def test_photos_of_a_victim_are_numbers_before_anything_is_computed(models, small_model):
+    victim = Victim(backbone=str(small_model))
+    with fake_gpu() as traffic:
+        victim.backbone = empty_on(models[0], CUDA)
+        pictures = torch.zeros(3, 3, 16, 16, dtype=torch.uint8, device=CUDA)
+        traffic.bytes_at.clear()
+        (chosen,) = Turn(0).batches(1, 2, 3, CUDA)
+        assert victim._instances(pictures, chosen, Turn(0).generator(CUDA)).mean.device == CUDA
+    assert {place.partition(" ")[2] for place in traffic.bytes_at} == {"(to_float)"}
 
 
 @pytest.mark.parametrize("kind", [quality.PSNR, quality.SSIM, quality.LargestDifference])

@@ -194,9 +194,14 @@ def test_a_run_resumes_to_the_same_photos(command, tmp_path, device, config, pre
     assert len(whole) > 3
 
 
-@pytest.mark.parametrize("config", ["dreambooth", "dreambooth-lora", "textual-inversion"])
-def test_a_victim_is_trained_and_tested(small_model, photos, tmp_path, device, config):
-    where = [*TRAINER, "--trainer.precision=bf16-mixed"]
+CHANGED = ["--model.augmentation.crop=0.7", "--model.augmentation.flip=true", "--model.augmentation.jpeg=70"]
+
+
+@pytest.mark.parametrize(
+    ("config", "more"), [("dreambooth", []), ("dreambooth-lora", CHANGED), ("textual-inversion", [])]
+)
+def test_a_victim_is_trained_and_tested(small_model, photos, tmp_path, config, more):
+    where = [*TRAINER, "--trainer.precision=bf16-mixed", *more]
     words = fit_of_a_victim(small_model, photos, tmp_path / "out", *where, config=config)
     main(words)
     main(
