@@ -88,7 +88,7 @@ def _moved(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
     return module
 
 
-def _no_gradient(outputs: Any, inputs: Any) -> tuple[Tensor, ...]:
+def _no_gradient(outputs: Any, inputs: Any, *more: Any, **options: Any) -> tuple[Tensor, ...]:
     """``torch.autograd.grad`` where there is no backward: zeros where the inputs are."""
     return tuple(torch.zeros_like(one) for one in ([inputs] if isinstance(inputs, Tensor) else inputs))
 
