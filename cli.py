@@ -137,19 +137,20 @@ class CommandLine(LightningCLI):
             with claimed(self.trainer, self.datamodule, subcommand), named(self.config[subcommand]):
                 super()._run_subcommand(subcommand)
         except Exception as error:
-            self._end_other_ranks()
+            end_other_ranks(self.trainer)
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
             savers = self.model.memory_savers() if isinstance(self.model, BackboneModule) else []
             raise InputError(memory_is_full(error, savers)) from error
 
-    def _end_other_ranks(self) -> None:
-        """Those that this process started; they would wait for it, and Lightning ends them after Ctrl-C only."""
-        if (launcher := self.trainer.strategy.launcher) is not None:
-            launcher.kill(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
-
     def _parse_ckpt_path(self) -> None:
         """Does nothing: a checkpoint's settings are compared with the given ones, they never replace them."""
+
+
+def end_other_ranks(trainer: Trainer) -> None:
+    """Those that this process started; they would wait for it, and Lightning ends them after Ctrl-C only."""
+    if (launcher := trainer.strategy.launcher) is not None:
+        launcher.kill(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
 
 
 def device_of(trainer: Namespace) -> torch.device:
