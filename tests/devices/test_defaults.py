@@ -1,8 +1,5 @@
 """Nothing in the engine depends on torch's default device or dtype: under hostile ones, the same to the bit."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,21 +20,10 @@ from antidreambooth.finetuning.augmentation import Augmentation
 from antidreambooth.photos.decoding import to_float
 from antidreambooth.photos.delivery import to_8bit
 from benchmarks.fake_faces import FakeFaces
-from tests.conftest import random_images
+from tests.conftest import hostile, random_images
 from tests.devices.paths import PROMPT, ROUNDS, VICTIMS, a_victims_step, ready
 
 CPU = torch.device("cpu")
-
-
-@contextmanager
-def hostile() -> Iterator[None]:
-    """What is made without saying where is on the meta device, and what is made without saying how is float64."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def measured(pictures):
