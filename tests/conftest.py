@@ -24,8 +24,8 @@ from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.source import EMBEDDED
 
-# When there first is a default device, torch notes which functions heed it. Inside transformers' loading that would be a
-# torch.linspace of theirs, and the true one would never heed any.
+# When there first is a default device, torch notes which functions heed it. Inside transformers' loading that would be
+# a torch.linspace of theirs, and the true one would never heed any.
 with torch.device("cpu"):
     torch.empty(0)
 

@@ -1,5 +1,7 @@
 """Nothing in the engine depends on torch's default device or dtype: under hostile ones, the same to the bit."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,6 +41,10 @@ def compared(pictures):
     return [measure.compute() for measure in measures], quality.cloak_quality(*pictures[:2])
 
 
+def after(kind, pictures):
+    return kind()(pictures, Scene(pytest.fail, pictures))
+
+
 PARTS = {
     "photos": lambda pictures: to_8bit(to_float(pictures) * 0.9, pictures, 8.0),
     "random noise": lambda pictures: random_noise(pictures, 8.0, 0),
@@ -49,7 +55,7 @@ PARTS = {
     "brisque": brisque.features,
     "batches": lambda pictures: Turn(3).batches(2, 2, 5, CPU),
     **{
-        kind.__name__: lambda pictures, kind=kind: kind()(pictures, Scene(pytest.fail, pictures))
+        kind.__name__: partial(after, kind)
         for kind in (conditions.JPEG, conditions.Rescale, conditions.Blur, conditions.Mix)
     },
 }
