@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.source import EMBEDDED
+
+# When there first is a default device, torch notes which functions heed it. Inside transformers' loading that would be
+# a torch.linspace of theirs, and the true one would never heed any.
+with torch.device("cpu"):
+    torch.empty(0)
 
 ROOT = Path(__file__).parent.parent
 SURROGATE = (  # a victim of a few steps, which FSMG attacks
@@ -249,6 +255,17 @@ def contents(folder: Path) -> dict[str, object]:
             return file.metadata(), {k: (t.shape, t.dtype, t.numpy().tobytes()) for k, t in tensors.items()}
 
     return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@contextmanager
+def hostile() -> Iterator[None]:
+    """What is made without saying where is on the meta device, and what is made without saying how is float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def random_images(count: int, side: int = 16, seed: int = 0) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """Nothing in the engine depends on torch's default device or dtype: under hostile ones, the same to the bit."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -24,21 +22,10 @@ from antidreambooth.finetuning.augmentation import Augmentation
 from antidreambooth.photos.decoding import to_float
 from antidreambooth.photos.delivery import to_8bit
 from benchmarks.fake_faces import FakeFaces
-from tests.conftest import random_images
+from tests.conftest import hostile, random_images
 from tests.devices.paths import PROMPT, ROUNDS, VICTIMS, a_victims_step, ready
 
 CPU = torch.device("cpu")
-
-
-@contextmanager
-def hostile() -> Iterator[None]:
-    """What is made without saying where is on the meta device, and what is made without saying how is float64."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def measured(pictures):
@@ -54,7 +41,7 @@ def compared(pictures):
     return [measure.compute() for measure in measures], quality.cloak_quality(*pictures[:2])
 
 
-def conditioned(kind, pictures):
+def after(kind, pictures):
     return kind()(pictures, Scene(pytest.fail, pictures))
 
 
@@ -68,7 +55,7 @@ PARTS = {
     "brisque": brisque.features,
     "batches": lambda pictures: Turn(3).batches(2, 2, 5, CPU),
     **{
-        kind.__name__: partial(conditioned, kind)
+        kind.__name__: partial(after, kind)
         for kind in (conditions.JPEG, conditions.Rescale, conditions.Blur, conditions.Mix)
     },
 }

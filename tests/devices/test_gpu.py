@@ -180,6 +180,7 @@ def test_a_notebook_cloaks(small_model, small_v_model, device, method):
     assert ((change > 0) & (change <= 8)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "precision"),
     [("aspl", "32-true"), ("aspl", "bf16-mixed"), ("t-fsmg", "bf16-mixed"), ("e-aspl", "bf16-mixed")],
@@ -197,6 +198,7 @@ def test_a_run_resumes_to_the_same_photos(command, tmp_path, device, config, pre
 CHANGED = ["--model.augmentation.crop=0.7", "--model.augmentation.flip=true", "--model.augmentation.jpeg=70"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "more"), [("dreambooth", []), ("dreambooth-lora", CHANGED), ("textual-inversion", [])]
 )

@@ -12,18 +12,7 @@ from antidreambooth.evaluation.measures import measure
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.finetuning.lora import LoRA
 from benchmarks.fake_faces import FakeFaces
-from tests.conftest import random_images
-
-
-@pytest.fixture
-def hostile():
-    """Another default device and dtype, as a trainer sets while it has a model built."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
+from tests.conftest import hostile, random_images
 
 
 def lora(name: str) -> list[torch.Tensor]:
@@ -32,16 +21,17 @@ def lora(name: str) -> list[torch.Tensor]:
     return list(backbone.learned())
 
 
-def test_a_model_is_made_on_the_cpu_whatever_the_default_is(small_model, request):
+def test_a_model_is_made_on_the_cpu_whatever_the_default_is(small_model):
     expected = load_backbone(str(small_model)).fingerprint()
     started = lora(str(small_model))
-    request.getfixturevalue("hostile")
-    backbone = load_backbone(str(small_model))
-    schedule = backbone.pipeline().scheduler.alphas_cumprod
+    with hostile():
+        backbone = load_backbone(str(small_model))
+        schedule = backbone.pipeline().scheduler.alphas_cumprod
+        restarted = lora(str(small_model))
     assert {tensor.device.type for tensor in (*backbone.parameters(), *backbone.buffers(), schedule)} == {"cpu"}
     assert schedule.dtype == backbone.alphas_cumprod.dtype == torch.float32
     assert backbone.fingerprint() == expected
-    for tensor, other in zip(lora(str(small_model)), started, strict=True):
+    for tensor, other in zip(restarted, started, strict=True):
         assert tensor.device.type == "cpu"
         torch.testing.assert_close(tensor, other, rtol=0, atol=0)
 
