@@ -13,6 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launch.waiting import Meter, advice, others, spin_briefly
+
+spin_briefly()  # before torch is loaded
+BEGUN = Meter.read()
+
 import torch
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
@@ -104,6 +109,8 @@ class CommandLine(LightningCLI):
             able = computes_in_bf16(device)
             chosen.precision = "bf16-mixed" if able else "32-true"
             show(f"precision {chosen.precision}: {device} {'computes' if able else 'does not compute'} in bfloat16")
+        if device_of(chosen).type == "cpu" and (line := advice(others(BEGUN, Meter.read()), torch.get_num_threads())):
+            show(line)
 
     def instantiate_classes(self) -> None:
         """Calls a number out of range by its flag."""

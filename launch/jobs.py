@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from antidreambooth.errors import InputError, require
 from antidreambooth.files import writing
+from launch.waiting import usable_cores
 
 POLL = 2.0  # seconds between two looks at what is finished
 GRACE = 10.0  # seconds that cancelled jobs of this machine have to end
@@ -51,12 +52,7 @@ def workers_of(launcher: Launcher) -> int:
     """Jobs at a time: as asked for, else one for each GPU, or for each CPU core."""
     if launcher.workers is not None:
         return launcher.workers
-    return torch.cuda.device_count() or cores()
-
-
-def cores() -> int:
-    """CPU cores that this process may use; of Windows and macOS all that there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return torch.cuda.device_count() or len(usable_cores())
 
 
 def run_jobs(
@@ -160,7 +156,7 @@ def _environment(launcher: Launcher, number: int, jobs: int) -> dict[str, str] |
     if launcher.cluster != "local":
         return None
     environment = dict(os.environ)
-    environment["OMP_NUM_THREADS"] = str(max(1, cores() // jobs))
+    environment["OMP_NUM_THREADS"] = str(max(1, len(usable_cores()) // jobs))
     if count := torch.cuda.device_count():
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         environment["CUDA_VISIBLE_DEVICES"] = (visible or [str(gpu) for gpu in range(count)])[number % count]
