@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -44,6 +45,8 @@ ROUNDS: dict[str, tuple[str, Settings]] = {  # each method as it is, and what a 
     "offload": ("e-aspl", replace(ROUND, offload=True)),
     "no prior": ("aspl", replace(ROUND, training=replace(TRAINING, prior=PriorPreservation(weight=0.0)))),
 }
+QUICK = ("aspl", "t-aspl", "advdm", "momentum", "l2", "transformed", "lora", "textual inversion")
+EACH = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ROUNDS]
 VICTIMS: dict[str, tuple[Callable[[], Adaptation], bool]] = {  # what learns, and whether the text encoder does
     "full": (Full, True),
     "lora": (lambda: LoRA(rank=2), False),

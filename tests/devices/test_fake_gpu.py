@@ -1,7 +1,6 @@
 """Every way through the engine, forward, on a GPU that is none: what mixes devices fails, what copies is counted."""
 
 import inspect
-from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -22,11 +21,10 @@ from antidreambooth.evaluation.conditions import Clean, Scene
 from antidreambooth.evaluation.faces import Face, reference
 from antidreambooth.evaluation.measures import face_measures
 from antidreambooth.finetuning.augmentation import Augmentation
-from antidreambooth.finetuning.dreambooth import PriorPreservation
 from lightning_modules.victim import Victim
 from tests.conftest import random_images
 from tests.devices.fake import CUDA, empty_on, fake_gpu, lend
-from tests.devices.paths import PROMPT, ROUND, ROUNDS, TRAINING, VICTIMS, a_victims_step, ready
+from tests.devices.paths import PROMPT, ROUND, ROUNDS, VICTIMS, a_victims_step, ready
 from tests.lightning_modules.fake_faces import FakeFaces
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA")
@@ -206,14 +204,14 @@ def test_a_notebook_cloaks_on_the_device_and_gets_pixels_on_the_cpu(models, smal
         raise Delivered
 
     left, several = list(models), METHODS[method].several
-    settings = replace(ROUND, pgd_steps=1, training=replace(TRAINING, prior=PriorPreservation(weight=0.0)))
-    options = {"ensemble": [small_v_model] if several else [], "settings": settings, "rounds": 1}
+    options = {"ensemble": [small_v_model] if several else [], "settings": ROUND, "rounds": 1}
     given = random_images(2).permute(0, 2, 3, 1).numpy()
     with (
         patch("antidreambooth.api.device_named", lambda _: CUDA),
         patch("antidreambooth.api.shared_resolution", lambda *_: 16),  # looks at values of the noise schedule
         patch("antidreambooth.api.load_backbone", lambda _: empty_on(left.pop(0), CPU)),
         patch("antidreambooth.api.plain_weights", lend),
+        patch("antidreambooth.api.class_images", lambda *_, **__: random_images(3, seed=2)),
         patch("antidreambooth.api.to_8bit", to_8bit),
         fake_gpu() as traffic,
         pytest.raises(Delivered),

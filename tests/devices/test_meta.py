@@ -7,7 +7,7 @@ from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.finetuning.weights import Weights
 from tests.devices.fake import Shapes, empty_on
 from tests.devices.noise import same_noise
-from tests.devices.paths import ROUNDS, VICTIMS, a_victims_step, ready
+from tests.devices.paths import EACH, VICTIMS, a_victims_step, ready
 
 META = torch.device("meta")
 
@@ -24,7 +24,7 @@ def models(small_model, small_v_model):
     return [empty_on(load_backbone(str(folder)), META) for folder in (small_model, small_v_model)]
 
 
-@pytest.mark.parametrize("name", [name for name in ROUNDS if name != "offload"])  # would rest on the CPU
+@pytest.mark.parametrize("name", [case for case in EACH if "offload" not in case.values])  # would rest on the CPU
 def test_a_round(models, name):
     with same_noise(Shapes):
         outcome = ready(name, models, META, lend).round()
