@@ -13,10 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launch.waiting import Meter, advice, others, spin_briefly
+from launch.waiting import Meter, advice, others
 
-spin_briefly()  # before torch is loaded
-BEGUN = Meter.read()
+BEGUN = Meter.read()  # the seconds in which torch is loaded show what else the machine does
 
 import torch
 from jsonargparse import Namespace

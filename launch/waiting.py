@@ -1,4 +1,4 @@
-"""A machine that is busy with something else: how long threads wait, and how many there should be. Loads no torch."""
+"""A machine that is busy with something else, and what helps. Loads no torch."""
 
 from __future__ import annotations
 
@@ -7,18 +7,6 @@ import time
 from dataclasses import dataclass
 
 import psutil
-
-SPINS = "5000"  # about as good as spinning on, where nothing else runs: docs/scaling.md
-
-
-def spin_briefly() -> None:
-    """Threads that wait for one another on the CPU give their cores back soon; it counts before torch is loaded.
-
-    GNU's OpenMP has them spin for a millisecond, which is lost where another program needs the core. Results do not
-    depend on it. Whoever has set one of the two variables knows better.
-    """
-    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 @dataclass(frozen=True)
