@@ -41,6 +41,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a kind of device; one that holds no values has none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 @contextmanager
 def cast_once(*networks: nn.Module) -> Iterator[None]:
     """Weights that do not learn are rounded to autocast's precision once, here, and not in every pass inside.
@@ -57,7 +62,7 @@ def cast_once(*networks: nn.Module) -> Iterator[None]:
     try:
         for network in networks:
             device = next(network.parameters()).device.type
-            if not torch.is_autocast_enabled(device) or getattr(network, "is_gradient_checkpointing", False):
+            if not autocasts(device) or getattr(network, "is_gradient_checkpointing", False):
                 continue
             if any(isinstance(weight, DTensor) or not weight.numel() for weight in network.parameters()):
                 continue  # FSDP2's shards; under ZeRO's stage 3 a weight that is elsewhere is empty
