@@ -77,7 +77,7 @@ def test_a_victim_ends_with_its_step(small_model, photos, tmp_path):
     wait_for(checkpoint.exists, process)
     tell(process, signal.SIGTERM)
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
-    assert steps > 100
+    assert 100 <= steps < 10_000  # the signal may come while the hundredth one is being written
     assert steps % 100
     assert not (tmp_path / "manifest.json").exists()
 
