@@ -103,12 +103,12 @@ class CommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Decides on the precision, where the user does not: the device that will run is known now."""
         chosen = self.config[self.config.subcommand].trainer
+        device = device_of(chosen)
         if chosen.precision is None:
-            device = device_of(chosen)
             able = computes_in_bf16(device)
             chosen.precision = "bf16-mixed" if able else "32-true"
             show(f"precision {chosen.precision}: {device} {'computes' if able else 'does not compute'} in bfloat16")
-        if device_of(chosen).type == "cpu" and (line := advice(others(BEGUN, Meter.read()), torch.get_num_threads())):
+        if device.type == "cpu" and (line := advice(others(BEGUN, Meter.read()), torch.get_num_threads())):
             show(line)
 
     def instantiate_classes(self) -> None:

@@ -106,6 +106,17 @@ def fake(ranks: int = 1) -> Iterator[None]:
         yield
 
 
+def peak_on_gpu(run: Callable[[], None]) -> int | None:
+    """Most bytes that are allocated on the GPU while it runs; None where there are too few."""
+    try:
+        run()  # makes workspaces
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    except torch.OutOfMemoryError:
+        return None
+
+
 def measured(run: Callable[[], object]) -> int:
     """Most bytes that the CPU's allocator held at any time while it runs, above what it held before.
 

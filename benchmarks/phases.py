@@ -22,7 +22,7 @@ from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
 from antidreambooth.finetuning.lora import LoRA
 from antidreambooth.finetuning.weights import Weights
-from benchmarks.counting import Counter, cuda_autocast, fake
+from benchmarks.counting import Counter, cuda_autocast, fake, peak_on_gpu
 from benchmarks.sharding import fake_ranks, let_go, shard
 from benchmarks.stable_diffusion import Architecture, build, size
 from lightning_modules.running.borrowing import ShardedWeights
@@ -146,7 +146,7 @@ class Round:
 
     def peaks(self) -> Peaks:
         """Most bytes that each phase holds."""
-        peak = self._measure if self.device == "cuda" else self._count
+        peak = peak_on_gpu if self.device == "cuda" else self._count
         with self.autocast():
             return {name: peak(run) for name, run in zip(PHASES, self.phases(), strict=True)}
 
@@ -154,15 +154,6 @@ class Round:
         if self.mode.ranks > 1:
             run()  # the first time, sharded operations find out by example how their results are sharded
         return self.counter.peak(run)
-
-    def _measure(self, run: Callable[[], None]) -> int | None:
-        try:
-            run()  # makes workspaces
-            torch.cuda.reset_peak_memory_stats()
-            run()
-            return torch.cuda.max_memory_allocated()
-        except torch.OutOfMemoryError:
-            return None
 
 
 class Unborrowed(Weights):

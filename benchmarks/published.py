@@ -16,7 +16,7 @@ from antidreambooth.attack.perturbation import PGD
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from benchmarks.aspl_speed import CLASS_IMAGES, Plain, Task
-from benchmarks.counting import Counter, cuda_autocast, fake
+from benchmarks.counting import Counter, cuda_autocast, fake, peak_on_gpu
 from benchmarks.phases import PHASES, PHOTOS, Peaks
 from benchmarks.stable_diffusion import Architecture, build
 
@@ -26,7 +26,7 @@ class Loop(Plain):
 
     Args:
         task: what it is given.
-        autocast: a context for every forward pass.
+        autocast: a context for every forward pass: no cast outlives it.
     """
 
     def __init__(self, task: Task, autocast: Callable[[], AbstractContextManager[object]]) -> None:
@@ -77,19 +77,9 @@ class Published:
             "learn 1+1": lambda: self.learn(self.with_prior),
             f"PGD {PHOTOS}": self.attack,
         }
-        peak = self._measure if self.device == "cuda" else Counter(*self.held).peak
+        peak = peak_on_gpu if self.device == "cuda" else Counter(*self.held).peak
         found: Peaks = dict.fromkeys(PHASES)
         return found | {name: peak(run) for name, run in runs.items()}
-
-    @staticmethod
-    def _measure(run: Callable[[], None]) -> int | None:
-        try:
-            run()  # makes workspaces
-            torch.cuda.reset_peak_memory_stats()
-            run()
-            return torch.cuda.max_memory_allocated()
-        except torch.OutOfMemoryError:
-            return None
 
 
 def published(architecture: Architecture, bf16: bool, cuda: bool) -> Peaks:

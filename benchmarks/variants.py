@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.finetuning.weights import Weights
 from benchmarks.aspl_speed import CLASS_IMAGES, Ours, Plain, Task
+from benchmarks.published import Loop
 from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, TINY, build
 
 HELPS = ("cast once", "moments in few kernels")  # which every round of ours has; left out to see what they bring
@@ -78,16 +80,6 @@ OPTIONAL = tuple(list(VARIANTS)[list(VARIANTS).index("max-autotune") :])  # only
 REFERENCES = ("plain", "plain-bf16", "bf16-neither")
 
 
-class PlainBF16(Plain):
-    """The published loop under autocast; published is a cast of the weights, which costs the same."""
-
-    def loss(self, *args: Any) -> Tensor:
-        """A context for every forward pass: no cast outlives it."""
-        with torch.autocast(self.task.photos.device.type, torch.bfloat16):
-            loss: Tensor = super().loss(*args)
-        return loss
-
-
 class Lacking(Ours):
     """Ours without some of what it usually has.
 
@@ -128,7 +120,8 @@ def make_side(variant: Variant, task: Task) -> Plain | Ours:
     torch.backends.cudnn.conv.fp32_precision = "tf32" if variant.tf32 else "ieee"  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = variant.autotune
     if variant.plain:
-        return PlainBF16(task) if variant.bf16 else Plain(task)
+        # Published is a cast of the weights, which costs the same.
+        return Loop(task, partial(torch.autocast, task.photos.device.type, torch.bfloat16, enabled=variant.bf16))
     settings = {"bf16": variant.bf16, "channels_last": variant.channels_last, "micro_batch": task.attack.micro_batch}
     args = argparse.Namespace(**settings, checkpointing=False, compile=False)
     return Lacking(variant.without, task, args, best=True, execution=variant.execution)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.precision import autocasts
 from antidreambooth.diffusion.sampling import blank, noise_of, sample
 from antidreambooth.errors import InputError
 from antidreambooth.files import writing
@@ -68,7 +69,7 @@ def class_images(
         "batch": batch,  # a batch of another size rounds differently
         "guidance_scale": backbone.defaults.guidance_scale,
         "sampling_steps": backbone.defaults.sampling_steps,
-        **({"autocast": str(torch.get_autocast_dtype(kind))} if torch.is_autocast_enabled(kind) else {}),
+        **({"autocast": str(torch.get_autocast_dtype(kind))} if autocasts(kind) else {}),
     }
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / key

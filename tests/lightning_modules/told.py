@@ -6,11 +6,11 @@ from lightning import Callback
 
 
 class Told(Callback):
-    """Sends this process a signal while a round is under way."""
+    """Sends this process a signal while a round, or a step of a victim, is under way."""
 
-    def __init__(self, number: int, epoch: int):
-        self.number, self.epoch = number, epoch
+    def __init__(self, number: int, epoch: int, step: int = 0):
+        self.number, self.epoch, self.step = number, epoch, step
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.current_epoch == self.epoch:
+        if trainer.current_epoch == self.epoch and trainer.global_step >= self.step:
             os.kill(os.getpid(), self.number)
