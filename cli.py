@@ -6,9 +6,12 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 import traceback
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,7 @@ TRAINER = {
     "plugins": [{"class_path": "lightning_modules.AtomicCheckpointIO"}],
     "use_distributed_sampler": False,  # every rank holds all photos
 }
+GRACE = 10.0  # seconds that other ranks have to end by themselves once one has failed
 CHECKPOINT = {"filename": "last", "every_n_epochs": 10, "enable_version_counter": False}
 COMMANDS = {"people": people, "verdict": verdict}  # which start runs; all others are one run
 EXPECTED = (  # warnings about what is meant to be so
@@ -154,9 +158,17 @@ class CommandLine(LightningCLI):
 
 
 def end_other_ranks(trainer: Trainer) -> None:
-    """Those that this process started; they would wait for it, and Lightning ends them after Ctrl-C only."""
-    if (launcher := trainer.strategy.launcher) is not None:
-        launcher.kill(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+    """Those that this process started; they would wait for it, and Lightning ends them after Ctrl-C only.
+
+    What is wrong on all of them, each says before it ends: they have a moment for it.
+    """
+    if (launcher := trainer.strategy.launcher) is None:
+        return
+    deadline = time.monotonic() + GRACE
+    for process in launcher.procs:  # type: ignore[attr-defined]  # the one for processes of their own
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    launcher.kill(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
 
 
 def device_of(trainer: Namespace) -> torch.device:

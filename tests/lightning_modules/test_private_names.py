@@ -14,6 +14,12 @@ NAMES = {
     "cli.py": [
         ("lightning.pytorch.cli", "LightningCLI", "_run_subcommand", "lightning 2.6.6"),
         ("lightning.pytorch.cli", "LightningCLI", "_parse_ckpt_path", "lightning 2.6.6"),
+        (
+            "lightning.pytorch.strategies.launchers.subprocess_script",
+            "_SubprocessScriptLauncher",
+            "procs",
+            "lightning 2.6.6",
+        ),
     ],
     "lightning_modules/running/strategies.py": [
         ("lightning.pytorch.strategies", "DDPStrategy", "_ddp_kwargs", "lightning 2.6.6"),
