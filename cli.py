@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launch.waiting import Meter, advice, others
+from launch.waiting import Meter, others, threads_beside, usable_cores
 
 BEGUN = Meter.read()  # the seconds in which torch is loaded show what else the machine does
 
@@ -112,8 +112,8 @@ class CommandLine(LightningCLI):
             able = computes_in_bf16(device)
             chosen.precision = "bf16-mixed" if able else "32-true"
             show(f"precision {chosen.precision}: {device} {'computes' if able else 'does not compute'} in bfloat16")
-        if device.type == "cpu" and (line := advice(others(BEGUN, Meter.read()), torch.get_num_threads())):
-            show(line)
+        if device.type == "cpu" and str(chosen.devices) in ("auto", "1") and chosen.num_nodes == 1:
+            leave_busy_cores(bool(self.config[self.config.subcommand].ckpt_path))
 
     def instantiate_classes(self) -> None:
         """Calls a number out of range by its flag."""
@@ -169,6 +169,23 @@ def end_other_ranks(trainer: Trainer) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
     launcher.kill(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+
+
+def leave_busy_cores(resumed: bool) -> None:
+    """Computes with a thread for each idle core: a round waits for its slowest thread.
+
+    What the user has chosen stays, and so does what a run that is resumed has begun with (its checkpoint says it), as
+    another number of threads rounds differently.
+    """
+    busy, threads = others(BEGUN, Meter.read()), torch.get_num_threads()
+    fewer = threads_beside(busy, threads)
+    if resumed or fewer == threads or "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(fewer)
+    show(
+        f"threads {fewer}: other programs keep about {round(busy)} of {len(usable_cores())} cores busy, and a round "
+        f"waits for its slowest thread (OMP_NUM_THREADS={threads} keeps {threads}, and the bytes of an idle machine)"
+    )
 
 
 def device_of(trainer: Namespace) -> torch.device:

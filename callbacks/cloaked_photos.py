@@ -106,6 +106,7 @@ class CloakedPhotos(Callback):
                 "clean_photos": record["clean_photos"],
             },
             "versions": versions(),
+            "threads": torch.get_num_threads(),
             "seed": record["seed"],
             "rounds": rounds_of(trainer, pl_module),
             "passes": dict(zip(("unet", "encoder"), pl_module.passes.tolist(), strict=True)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from antidreambooth.files import replacing, write_json
@@ -37,5 +38,6 @@ class TrainedModel(Callback):
         with replacing(folder) as fresh:
             pl_module.adaptation.save(backbone, fresh)
         remove_test(root)  # it was of the model before
-        manifest = {**pl_module.record(), "versions": versions(), "steps": trainer.global_step, "complete": True}
+        how = {"versions": versions(), "threads": torch.get_num_threads()}
+        manifest = {**pl_module.record(), **how, "steps": trainer.global_step, "complete": True}
         write_json(root / MANIFEST, manifest)

@@ -1,4 +1,4 @@
-"""A machine that is busy with something else, and what helps. Loads no torch."""
+"""A machine that is busy with something else, and how many threads to compute with there. Loads no torch."""
 
 from __future__ import annotations
 
@@ -37,23 +37,14 @@ def others(before: Meter, after: Meter) -> float:
     return max(0.0, after.cores - before.cores - after.own + before.own) / (after.now - before.now)
 
 
-def advice(busy: float, threads: int) -> str:
-    """What to do about other programs; empty where there is nothing to do.
-
-    A thread fewer changes how sums are rounded, and with it the bytes of a result, so it is for the user to choose.
+def threads_beside(busy: float, threads: int) -> int:
+    """How many threads to compute with: one for each idle core, at least one, and never more than there were.
 
     Args:
         busy: cores that other programs keep busy.
-        threads: that torch computes with.
+        threads: that torch would compute with.
     """
-    cores = len(usable_cores())
-    idle = max(1, cores - round(busy))
-    if threads <= idle:
-        return ""
-    return (
-        f"other programs keep about {round(busy)} of {cores} cores busy, and a round waits for its slowest thread: "
-        f"OMP_NUM_THREADS={idle} before the command makes it faster (results differ by rounding)"
-    )
+    return min(threads, max(1, len(usable_cores()) - round(busy)))
 
 
 def usable_cores() -> list[int]:

@@ -158,6 +158,7 @@ class BackboneModule(LightningModule):
         checkpoint.pop(self.CHECKPOINT_HYPER_PARAMS_KEY, None)
         checkpoint["format"] = FORMAT
         checkpoint["record"] = self.record()
+        checkpoint["threads"] = torch.get_num_threads()  # see begin_fit
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another version of this project, or of other settings."""

@@ -256,6 +256,36 @@ def test_memory_settings_and_those_of_a_test_may_change_on_resuming(command, tmp
         assert np.mean(resumed != whole) < 0.05
 
 
+def test_a_thread_for_each_idle_core_and_the_same_number_after_a_resume(command, tmp_path, monkeypatch, capsys):
+    """Where others keep one of two cores busy a run takes one thread; what the user or a run began with stays."""
+
+    def threads_after(*more: str, env: str | None = None) -> int:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if env is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", env)
+        torch.set_num_threads(2)
+        try:
+            main(command("--overwrite", *more))
+            return torch.get_num_threads()
+        finally:
+            torch.set_num_threads(1)
+
+    monkeypatch.setattr("cli.usable_cores", lambda: [0, 1])
+    monkeypatch.setattr("launch.waiting.usable_cores", lambda: [0, 1])
+    monkeypatch.setattr("cli.others", lambda before, after: 0.2)
+    assert threads_after() == 2
+    assert "threads" not in capsys.readouterr().out
+    monkeypatch.setattr("cli.others", lambda before, after: 0.9)
+    assert threads_after(env="2") == 2
+    assert threads_after("--trainer.max_epochs=3", "--ckpt_path=last") == 2  # what it began with
+    show.cache_clear()
+    assert threads_after() == 1
+    assert "threads 1: other programs keep about 1 of 2 cores busy" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["threads"] == 1
+    monkeypatch.setattr("cli.others", lambda before, after: 0.0)
+    assert threads_after("--trainer.max_epochs=3", "--ckpt_path=last") == 1
+
+
 @pytest.mark.parametrize(("config", "models"), [("aspl", 1), ("e-aspl", 2), ("advdm", 1)])
 def test_each_base_model_is_hashed_once(command, config, models, monkeypatch):
     hashed, whole = [], Backbone.fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Iterable, Iterator
@@ -75,7 +76,15 @@ def begin_fit(trainer: Trainer, data: Any, ckpt_path: str | None, overwrite: boo
     require_fit(root, data.record(), found, overwrite)
     if trainer.is_global_zero:
         clear(root, overwrite and found is None)
+    if found is not None and Path(found).is_file():
+        compute_as_before(read_checkpoint(Path(found)))
     return found
+
+
+def compute_as_before(checkpoint: dict[str, Any]) -> None:
+    """Takes as many threads as a run began with, where the user says nothing: another number rounds differently."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(checkpoint.get("threads", torch.get_num_threads()))
 
 
 def begin_test(trainer: Trainer, ckpt_path: str | None, overwrite: bool) -> None:
