@@ -86,6 +86,7 @@ class CommandLine(LightningCLI):
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
         parser.link_arguments("trainer.default_root_dir", "trainer.logger.init_args.save_dir")
         parser.link_arguments("model.resolution", "data.init_args.resolution", apply_on="instantiate")
+        parser.link_arguments("model.parametrisation", "data.init_args.parametrisation", apply_on="instantiate")
         parser.link_arguments("model.steps", "data.init_args.steps", apply_on="instantiate")
 
     @staticmethod

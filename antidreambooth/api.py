@@ -7,14 +7,13 @@ import operator
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from io import BytesIO
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
 from PIL import Image
-from torch import Tensor
 
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.rounds import alternate, require_vital
@@ -26,9 +25,9 @@ from antidreambooth.diffusion.seeding import Turn, require_seed
 from antidreambooth.diffusion.source import EMBEDDED, Named, Source, locate
 from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.dreambooth import PriorPreservation
-from antidreambooth.photos.decoding import to_float
-from antidreambooth.photos.delivery import require_change, to_8bit
-from antidreambooth.photos.given import Picture, described, squares
+from antidreambooth.photos.decoding import Photo, to_float
+from antidreambooth.photos.delivery import Delivery
+from antidreambooth.photos.given import Picture, described
 from antidreambooth.provenance import person_in
 
 log = logging.getLogger("antidreambooth")
@@ -58,8 +57,7 @@ def cloak(
     works at a time: a second thread waits.
 
     Args:
-        images: photos: paths, Pillow images, or arrays of uint8 (h w 3, in sRGB), in any mixture. Each is cropped to
-            its centred square and scaled to ``resolution``.
+        images: photos of any size: paths, Pillow images, or arrays of uint8 (h w 3, in sRGB), in any mixture.
         backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id; or a ``Source``, which is one of
             these with a revision or a variant of the weights. For ``fsmg``, ``t-fsmg`` and
             ``e-fsmg`` a model that was trained on the person, such as ``model/`` of ``fit -c configs/dreambooth.yaml``;
@@ -74,13 +72,15 @@ def cloak(
             training=DreamBooth(gradient_checkpointing=True))``; its budget gives way to ``budget``.
         seed: the same one gives the same pixels.
         rounds: how many; the method's own number when not given.
-        resolution: side in pixels of what comes back; what the backbone was made for when not given.
+        resolution: side in pixels of the squares that the model sees; what it was made for when not given.
         device: ``cpu``, ``cuda`` and so on; a GPU where there is one when not given.
         again: whether files may be given that a run of this project has cloaked, as a manifest near them says.
         progress: wraps the loop over rounds (and one over class images), such as ``tqdm.auto.tqdm``.
 
     Returns:
-        The cloaked photos, RGB, in the order of ``images``.
+        The cloaked photos in the order of ``images``, upright, at their own size, with their colour profile and alpha
+        (``image.info["icc_profile"]``), 8 bits. With ``Settings(parametrisation=Square())`` their centred squares at
+        the resolution, in sRGB.
 
     Raises:
         InputError: there is no such method or backbone, no photo, a setting is out of range, or a method of several
@@ -108,15 +108,17 @@ def cloak(
     where = device_named(device)
     side = shared_resolution(names, side)
     prompts = [trained_prompt(source, assembly.settings) for source in names] if chosen.surrogate == "trained" else None
-    photos = squares(images, "images", side, again)
-    others = photos if clean_images is None else squares(clean_images, "clean_images", side, again)
+    take = assembly.settings.parametrisation.take
     with unaffected(where):
-        return _cloaked(torch.stack(photos), torch.stack(others), names, assembly, prompts, run, where, progress)
+        photos = take(images, "images", side, again)
+        others = photos if clean_images is None else take(clean_images, "clean_images", side, again)
+        return _cloaked(photos, others, side, names, assembly, prompts, run, where, progress)
 
 
 def _cloaked(
-    pixels: UInt8[Tensor, "n 3 h w"],
-    others: UInt8[Tensor, "m 3 h w"],
+    photos: list[Photo],
+    others: list[Photo],
+    side: int,
     names: list[Source],
     assembly: Assembly,
     prompts: list[str] | None,
@@ -125,7 +127,9 @@ def _cloaked(
     progress: Progress,
 ) -> list[Image.Image]:
     """The photos after all rounds; ``run`` says how many, and the seed."""
-    originals, clean = to_float(pixels).to(where), to_float(others).to(where)
+    parametrisation, attack = assembly.settings.parametrisation, assembly.attack
+    resting = parametrisation.canvas(photos, side)
+    canvas, reference = resting.to(where), parametrisation.canvas(others, side).to(where)
     low = computes_in_bf16(where)
     models = [load_backbone(name).to(where) for name in names]
     for notice in dict.fromkeys(model.defaults.notice for model in models if model.defaults.notice):
@@ -134,23 +138,24 @@ def _cloaked(
     def class_latents(model: Backbone, prior: PriorPreservation) -> Posterior:
         assert prior.class_prompt is not None
         with torch.autocast(where.type, torch.bfloat16, enabled=low):
-            batch, side = assembly.attack.micro_batch, pixels.shape[-1]
+            batch = attack.micro_batch
             pictures = class_images(model, prior.class_prompt, prior.images, side, batch=batch, progress=progress)
-        return model.encode_all(to_float(pictures).to(where), assembly.attack.micro_batch)
+        return model.encode_all(to_float(pictures).to(where), attack.micro_batch)
 
     assembly.adopt(models, class_latents, run.seed, prompts)
     # The perturbation is what is kept between rounds, as a training run keeps it: adding it rounds.
-    perturbation, memory = assembly.attack.start(originals, run.seed), None
+    perturbation, memory = attack.start(canvas, run.seed), None
     with torch.autocast(where.type, torch.bfloat16, enabled=low):
-        surrogates = assembly.surrogates(originals, clean, plain_weights)
+        seen = canvas.images(canvas.blank)
+        surrogates = assembly.surrogates(seen, reference.lessons(reference.blank), plain_weights)
         for number in progress(range(run.rounds)):
             turn = replace(run, number=number)
-            outcome = alternate(surrogates, originals, originals + perturbation, assembly.attack, turn, memory)
+            outcome = alternate(surrogates, canvas, canvas.blank + perturbation, attack, turn, memory)
             require_vital(outcome.vital_signs.tolist(), turn)
-            perturbation, memory = outcome.cloaked - originals, outcome.memory
-    cloaked = to_8bit((originals + perturbation).cpu(), pixels, assembly.attack.budget)
-    require_change(pixels, cloaked, [f"image {number}" for number in range(len(cloaked))])
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in cloaked]
+            perturbation, memory = outcome.state - canvas.blank, outcome.memory
+    state = resting.blank + perturbation.cpu()
+    finished = parametrisation.finish(resting, state, photos, attack.budget, Delivery(format="png"))
+    return [Image.open(BytesIO(one.file.data)).copy() for one in finished]
 
 
 def trained_prompt(source: Source, settings: Settings) -> str:

@@ -31,7 +31,8 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
-from antidreambooth.attack.perturbation import PGD, STEP
+from antidreambooth.attack.canvas import STEP, SquareCanvas
+from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import Outcome, alternate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.defaults import given
@@ -188,7 +189,7 @@ class Ours:
     def round(self, cloaked: Tensor, turn: Turn) -> Outcome:
         """One alternation."""
         with self.autocast():
-            return alternate(self.surrogates, self.task.photos, cloaked, self.attack, turn)
+            return alternate(self.surrogates, SquareCanvas(self.task.photos), cloaked, self.attack, turn)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for number in range(1 + args.rounds):
         start = time.perf_counter()
         outcome = side.round(cloaked, Turn(number))
-        cloaked, losses = outcome.cloaked, [value.item() for value in outcome.losses]  # item() waits for the device
+        cloaked, losses = outcome.state, [value.item() for value in outcome.losses]  # item() waits for the device
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if cuda else peak_resident()
     return {"seconds": median(seconds[1:]), "first": seconds[0], "peak": peak, "above": peak - loaded, "losses": losses}

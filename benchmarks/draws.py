@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from antidreambooth.attack.canvas import SquareCanvas
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import alternate
@@ -74,7 +75,9 @@ def seconds_of_steps(args: argparse.Namespace) -> None:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            attack(surrogate, photos, photos, Turn(repeat), generator).objective.item()  # waits for the device
+            attack(
+                surrogate, SquareCanvas(photos), photos, Turn(repeat), generator
+            ).objective.item()  # waits for the device
         if repeat:  # the first one loads kernels
             seconds[draws].append((time.perf_counter() - start) / args.steps)
         peaks[draws] = torch.cuda.max_memory_allocated() if cuda else 0
@@ -143,7 +146,7 @@ class Person:
         for number in range(points):
             turn = Turn(number, self.seed, rounds=points)
             generator = turn.generator(cloaked.device)
-            cloaked, *_, memory = attack(self.yardstick, self.photos, cloaked, turn, generator, memory)
+            cloaked, *_, memory = attack(self.yardstick, SquareCanvas(self.photos), cloaked, turn, generator, memory)
             yield (number + 1) * every, self.loss(cloaked)
 
     def alternating(self, draws: int, rule: StepRule, steps: float, points: int) -> Iterator[tuple[int, float]]:
@@ -153,8 +156,8 @@ class Person:
         every, cloaked, memory = max(1, round(steps / a_round / points)), self.photos, None
         for number in range(points * every):
             turn = Turn(number, self.seed, rounds=points * every)
-            outcome = alternate([surrogate], self.photos, cloaked, attack, turn, memory)
-            cloaked, memory = outcome.cloaked, outcome.memory
+            outcome = alternate([surrogate], SquareCanvas(self.photos), cloaked, attack, turn, memory)
+            cloaked, memory = outcome.state, outcome.memory
             if (number + 1) % every == 0:
                 yield (number + 1) * a_round, self.loss(cloaked)
 

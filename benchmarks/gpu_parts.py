@@ -406,7 +406,7 @@ def distance(place: Place) -> list[Claim]:
             outcome, _, after = a_round(place, place.device, variant)
             losses = [abs(a - b).item() / abs(b).item() for a, b in zip(outcome.losses, expected.losses, strict=True)]
             far[variant] = max(losses)
-            pixels = (outcome.cloaked - expected.cloaked).abs() > 1e-6
+            pixels = (outcome.state - expected.state).abs() > 1e-6
             moved = (after - learned).norm() / (learned - before).norm()
             rows.append([variant, *(f"{loss:.1e}" for loss in losses), f"{pixels.float().mean():.2%}", f"{moved:.2%}"])
             say(" ".join(rows[-1]))

@@ -71,7 +71,7 @@ def try_out(variant: Variant, name: str, args: argparse.Namespace) -> Result:
         compile_networks(task, variant.compiled)
     start = mark(args.device)
     for number in range(args.warm_up):
-        cloaked = side.round(cloaked, Turn(number)).cloaked
+        cloaked = side.round(cloaked, Turn(number)).state
     end = mark(args.device)
     if args.device == "cuda":
         torch.cuda.synchronize()
@@ -80,9 +80,9 @@ def try_out(variant: Variant, name: str, args: argparse.Namespace) -> Result:
     cuda = args.device == "cuda"
     peak, reserved = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
     last = args.warm_up + args.rounds
-    found = waits(lambda: side.round(outcome.cloaked, Turn(last)), args.device)
+    found = waits(lambda: side.round(outcome.state, Turn(last)), args.device)
     if name in args.profile:
-        profile_round(lambda: side.round(outcome.cloaked, Turn(last)), name, args)
+        profile_round(lambda: side.round(outcome.state, Turn(last)), name, args)
     losses = [loss.item() for loss in outcome.losses]
     return Result(seconds, between(start, end), peak, reserved, losses, dict(found.most_common()), graphs())
 
@@ -98,7 +98,7 @@ def timed(side: Plain | Ours, cloaked: Tensor, args: argparse.Namespace) -> tupl
     for number in range(args.warm_up, args.warm_up + args.rounds):
         marks.append(mark(args.device))
         outcome = side.round(cloaked, Turn(number))
-        cloaked = outcome.cloaked
+        cloaked = outcome.state
     marks.append(mark(args.device))
     if args.device == "cuda":
         torch.cuda.synchronize()

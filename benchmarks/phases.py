@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import SGD, AdamW, Optimizer
 
+from antidreambooth.attack.canvas import SquareCanvas
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.surrogates import Alternating
 from antidreambooth.diffusion.backbone import Checkpointing, Posterior
@@ -118,7 +119,7 @@ class Round:
         surrogate, photos = self.surrogate(False), self.photos
         with surrogate.borrowed():
             attack, turn = PGD(steps=1, micro_batch=micro_batch), Turn(0)
-            attack(surrogate, photos, photos, turn, torch.Generator(self.device))
+            attack(surrogate, SquareCanvas(photos), photos, turn, torch.Generator(self.device))
 
     @torch.no_grad()
     def sample(self, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from tqdm import tqdm
 
+from antidreambooth.attack.parametrisation import Finished
 from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.quality import cloak_quality
-from antidreambooth.files import replacing, write_json
-from antidreambooth.photos.decoding import Photo, to_float
-from antidreambooth.photos.delivery import cloaked_names, require_change, to_8bit, write_png
+from antidreambooth.files import replacing, write_atomically, write_json
+from antidreambooth.photos.decoding import Photo
+from antidreambooth.photos.delivery import cloaked_names, write_png
+from antidreambooth.photos.whole import WholePhoto
 from antidreambooth.provenance import MANIFEST, read_manifest, versions
 from callbacks.comparison import comparison
 from callbacks.disk_space import for_all_ranks, require_room, require_writable
@@ -42,7 +46,8 @@ class CloakedPhotos(Callback):
         root = Path(trainer.default_root_dir)
         photos: list[Photo] = trainer.datamodule.photos  # type: ignore[attr-defined]
         looks = 3 + (trainer.max_epochs or 0) // self.every_n_epochs if self.every_n_epochs else 3
-        needed = looks * sum(photo.pixels.numel() for photo in photos)
+        whole = sum(photo.size[0] * photo.size[1] * 3 for photo in photos if isinstance(photo, WholePhoto))
+        needed = looks * sum(photo.pixels.numel() for photo in photos) + 2 * whole
         for_all_ranks(trainer, lambda: require_writable(root))
         for_all_ranks(trainer, lambda: require_room(root, needed))
 
@@ -59,8 +64,10 @@ class CloakedPhotos(Callback):
         number = trainer.current_epoch + 1
         if not self.every_n_epochs or number % self.every_n_epochs or not trainer.is_global_zero:
             return
-        photos, cloaked = self._cloaked(trainer, pl_module)
-        for name, picture in zip(names(photos), cloaked, strict=True):
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        state, budget = self._state(trainer, pl_module), pl_module.attack.budget
+        cloaked = data.parametrisation.shown(data.canvas, state, data.photos, budget)
+        for name, picture in zip(cloaked_names([photo.name for photo in data.photos]), cloaked, strict=True):
             write_png(Path(trainer.default_root_dir) / "progress" / f"round-{number:03d}" / name, picture)
         show(trainer, "cloaked", cloaked, columns=4, step=number)
 
@@ -84,19 +91,24 @@ class CloakedPhotos(Callback):
     def _write(self, trainer: Trainer, pl_module: Any, complete: bool) -> None:
         if not trainer.is_global_zero:
             return
-        root = Path(trainer.default_root_dir)
-        photos, cloaked = self._cloaked(trainer, pl_module)
-        originals = [photo.pixels for photo in photos]
-        require_change(torch.stack(originals), cloaked, [photo.name for photo in photos])
+        root, data = Path(trainer.default_root_dir), trainer.datamodule  # type: ignore[attr-defined]
+        state, budget = self._state(trainer, pl_module), pl_module.attack.budget
         entries: list[dict[str, Any]] = []
+        seen: list[tuple[Tensor, Tensor]] = []
+        finished = data.parametrisation.finish(data.canvas, state, data.photos, budget, data.delivery)
+        names = cloaked_names([photo.name for photo in data.photos])
+        bar = tqdm(zip(data.photos, names, finished, strict=True), "writing photos", len(names), leave=False)
         with replacing(root / "cloaked") as folder:
-            for photo, name, picture in zip(photos, names(photos), cloaked, strict=True):
-                written = write_png(folder / name, picture)
+            for photo, name, one in bar:
+                file = Path(name).with_suffix(one.file.suffix)
+                write_atomically(folder / file, one.file.data)
                 source = {"source": photo.name, "sha256": photo.sha256}
-                result = {"cloaked": f"cloaked/{name}", "cloaked_sha256": written}
-                entries.append({**source, **result, **cloak_quality(photo.pixels, picture)})
-        budget = int(pl_module.attack.budget)
-        write_png(root / "comparison.png", comparison(originals, list(cloaked), budget))
+                written = hashlib.sha256(one.file.data).hexdigest()
+                result = {"cloaked": f"cloaked/{file}", "cloaked_sha256": written}
+                entries.append({**source, **result, **described(one)})
+                seen.append((one.seen_before, one.seen_after))
+        befores, afters = (list(pictures) for pictures in zip(*seen, strict=True))
+        write_png(root / "comparison.png", comparison(befores, afters, int(budget)))
         record = pl_module.record()
         manifest = {
             "settings": {
@@ -116,11 +128,10 @@ class CloakedPhotos(Callback):
         write_json(root / MANIFEST, manifest)
 
     @staticmethod
-    def _cloaked(trainer: Trainer, pl_module: Any) -> tuple[list[Photo], Tensor]:
-        photos: list[Photo] = trainer.datamodule.photos  # type: ignore[attr-defined]
-        originals = torch.stack([photo.pixels for photo in photos])
-        images = to_float(originals) + pl_module.perturbation.cpu()
-        return photos, to_8bit(images, originals, pl_module.attack.budget)
+    def _state(trainer: Trainer, pl_module: Any) -> Tensor:
+        """What the photos are now, on the CPU."""
+        state: Tensor = trainer.datamodule.canvas.blank + pl_module.perturbation.cpu()  # type: ignore[attr-defined]
+        return state
 
 
 def rounds_of(trainer: Trainer, pl_module: Any) -> int:
@@ -128,6 +139,13 @@ def rounds_of(trainer: Trainer, pl_module: Any) -> int:
     return max(trainer.current_epoch, pl_module.rounds)
 
 
-def names(photos: list[Photo]) -> list[str]:
-    """The cloaked files' names, in the photos' order."""
-    return cloaked_names([photo.name for photo in photos])
+def described(one: Finished) -> dict[str, Any]:
+    """A cloaked photo's line in the manifest: its size, how much it has changed, and what is not in its file any more.
+
+    The largest difference is of the file's own numbers, read back; the rest is of what trainers read of it.
+    """
+    before, after = (torch.from_numpy(picture).permute(2, 0, 1) for picture in (one.before, one.after))
+    size = {"size": [one.after.shape[1], one.after.shape[0]]}
+    figures = {**cloak_quality(before, after), "largest_difference": one.file.largest}
+    over = {"over_budget": round(one.file.over, 5)} if one.file.over else {}
+    return {**size, **figures, **over, **({"removed": list(one.removed)} if one.removed else {})}

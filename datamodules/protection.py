@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from antidreambooth.attack.canvas import Canvas
+from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
 from antidreambooth.attack.rounds import Photos
 from antidreambooth.errors import require
-from antidreambooth.photos.decoding import Photo, load_photos, to_float
+from antidreambooth.photos.decoding import Photo
+from antidreambooth.photos.delivery import Delivery
 from antidreambooth.provenance import require_originals
 
 
 class Protection(LightningDataModule):
     """A person's photos: set B, to be cloaked, and set A, the clean reference that the surrogate learns.
 
-    Photos are decoded upright and in sRGB, cropped to the centred square and scaled to the resolution. An epoch is one
-    batch that holds them all.
+    How much of them is kept is up to the parametrisation. An epoch is one batch that holds them all.
 
     Args:
         photos: folder (or single file) of photos to protect.
         clean_photos: folder of other photos of the same person, for reference; the originals themselves when not given.
+        delivery: the format of the cloaked files, and what is kept in them.
         again: whether photos may be cloaked that a run of this project has cloaked already.
         resolution: side in pixels; taken from the model on the command line.
+        parametrisation: of what size photos come back; taken from the model on the command line.
     """
 
     def __init__(
         self,
         photos: str = "examples/photos",
         clean_photos: str | None = None,
+        delivery: Delivery = Delivery(),  # noqa: B008 (frozen)
         again: bool = False,
         resolution: int = 512,
+        parametrisation: Parametrisation | None = None,
     ) -> None:
         super().__init__()
         require("resolution", resolution, 1)
         self.source, self.clean_source, self.again, self.resolution = photos, clean_photos, again, resolution
+        self.delivery = delivery
+        self.parametrisation = parametrisation or OwnSize()
         self.photos: list[Photo] = []
         self.clean: list[Photo] = []
 
@@ -45,16 +53,23 @@ class Protection(LightningDataModule):
         """Decodes every photo, so that a bad one is found before a model is loaded."""
         if self.photos:
             return
-        self.photos = load_photos(Path(self.source), self.resolution)
-        self.clean = load_photos(Path(self.clean_source), self.resolution) if self.clean_source else self.photos
+        load = self.parametrisation.load
+        self.photos = load(Path(self.source), self.resolution)
+        self.clean = load(Path(self.clean_source), self.resolution) if self.clean_source else self.photos
         if not self.again:
             advice = "give the original, or cloak it once more with --data.again true"
             require_originals([(photo.path, photo.sha256) for photo in (*self.photos, *self.clean)], advice)
 
     def train_dataloader(self) -> DataLoader[Photos]:
-        """One batch: originals and clean photos in [-1, 1]."""
-        batch = Photos(*(to_float(torch.stack([p.pixels for p in photos])) for photos in (self.photos, self.clean)))
+        """One batch: what PGD moves, and what the surrogate learns from."""
+        clean = self.parametrisation.canvas(self.clean, self.resolution)
+        batch = Photos(self.canvas, clean.lessons(clean.blank))
         return DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+
+    @cached_property
+    def canvas(self) -> Canvas:
+        """What PGD moves of the photos, on the CPU; call it after ``setup``."""
+        return self.parametrisation.canvas(self.photos, self.resolution)
 
     @property
     def files(self) -> list[Path]:

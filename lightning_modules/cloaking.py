@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from antidreambooth.attack.canvas import STEP, Canvas
 from antidreambooth.attack.cost import counted
 from antidreambooth.attack.methods import Assembly, Method, Settings
 from antidreambooth.attack.objectives import Objective
-from antidreambooth.attack.perturbation import STEP
+from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
 from antidreambooth.attack.rounds import Outcome, Photos, alternate, require_vital
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
@@ -65,6 +66,7 @@ class Cloaking(BackboneModule):
         objective: what the perturbation maximises: Denoising (when not given), Targeted, Transformed.
         step_rule: what a PGD step does with the gradient: Sign (when not given), Momentum, NormalizedL2; each has a
             schedule of the step size and a random start.
+        parametrisation: what of the photos PGD moves, and so what comes back: OwnSize (when not given) or Square.
         ensemble: further base models to attack at the same time.
         execution: how the networks are run, for speed or memory.
     """
@@ -88,6 +90,7 @@ class Cloaking(BackboneModule):
         draws: int = 1,
         objective: Objective | None = None,
         step_rule: StepRule | None = None,
+        parametrisation: Parametrisation | None = None,
         ensemble: Ensemble = Ensemble(),
         execution: Execution = Execution(),  # noqa: B008 (frozen)
     ) -> None:
@@ -96,6 +99,7 @@ class Cloaking(BackboneModule):
             resolution_of(source, self.resolution)  # a wrong one is found before the others are loaded, or trained on
         self.save_hyperparameters(logger=False)  # a subclass's own, too
         self.automatic_optimization = False
+        self.parametrisation = parametrisation or OwnSize()
         settings = Settings(
             budget=budget,
             step_size=step_size,
@@ -104,6 +108,7 @@ class Cloaking(BackboneModule):
             micro_batch=micro_batch,
             draws=draws,
             objective=objective,
+            parametrisation=self.parametrisation,
             offload=ensemble.offload,
             execution=execution,
         )
@@ -144,12 +149,12 @@ class Cloaking(BackboneModule):
     def build(self) -> None:
         """Loads all base models and makes surrogates of them; the perturbation starts at nothing."""
         super().build()
-        photos = len(self.trainer.datamodule.photos)  # type: ignore[attr-defined]
-        self.perturbation = torch.zeros(photos, 3, self.resolution, self.resolution, device=self.place)
+        canvas: Canvas = self.trainer.datamodule.canvas  # type: ignore[attr-defined]
+        self.perturbation = torch.zeros_like(canvas.blank, device=self.place)
         others = [self.load(source) for source in self.sources[1:]]
         self.others = nn.ModuleList(backbone for backbone, _ in others)
         self.fingerprints = [fingerprint for _, fingerprint in others]
-        self.memory = self._remembered([self.attack.rule.begin(self.perturbation) for _ in self.backbones])
+        self.memory = self._remembered([canvas.to(self.place).begin(self.attack.rule) for _ in self.backbones])
         self.assembly.adopt(self.backbones, self.class_latents, self.seed, self.prompts())
 
     def prompts(self) -> list[str] | None:
@@ -169,16 +174,17 @@ class Cloaking(BackboneModule):
     def training_step(self, batch: Photos, batch_idx: int) -> None:
         """One round."""
         if not self.surrogates:
-            self.surrogates = self.assembly.surrogates(batch.originals, batch.clean, self.lend)
+            seen = batch.canvas.images(batch.canvas.blank)
+            self.surrogates = self.assembly.surrogates(seen, batch.clean, self.lend)
         if self.current_epoch == 0:
-            self.perturbation = self.attack.start(batch.originals, self.seed)
+            self.perturbation = self.attack.start(batch.canvas, self.seed)
         with counted(self.backbones) as passes:
-            cloaked = batch.originals + self.perturbation
+            state = batch.canvas.blank + self.perturbation
             memory = list(self.memory)
-            outcome = alternate(self.surrogates, batch.originals, cloaked, self.attack, self.turn, memory)
+            outcome = alternate(self.surrogates, batch.canvas, state, self.attack, self.turn, memory)
         self.memory = self._remembered(list(outcome.memory))
         self.passes += torch.tensor([passes.unet, passes.encoder], device=self.device)
-        self.perturbation = outcome.cloaked - batch.originals
+        self.perturbation = outcome.state - batch.canvas.blank
         self.rounds = self.current_epoch + 1
         self._log(outcome)
 
@@ -209,6 +215,7 @@ class Cloaking(BackboneModule):
             "step_size": self.attack.effective_step_size,
             "objective": self.attack.objective,
             "step_rule": self.attack.rule,
+            "parametrisation": self.parametrisation,
             # A step size that falls over the run makes another one of a run with more rounds.
             **({"rounds": self.trainer.max_epochs} if self.attack.rule.schedule != "constant" else {}),
         }

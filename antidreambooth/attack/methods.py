@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from antidreambooth.attack.objectives import Denoising, Objective, Targeted
+from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
 from antidreambooth.attack.perturbation import PGD, alone
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded, Surrogate
@@ -75,6 +76,7 @@ class Settings:
         draws: of timestep and noise for each time that photos are encoded; a step goes along their mean gradient, as
             expectation over transforms does (arXiv:1707.07397). One as published; a step takes longer with more.
         objective: what the perturbation maximises; the method's own when not given.
+        parametrisation: what of the photos PGD moves, and so what comes back: ``OwnSize`` or ``Square``.
         training: how an alternating surrogate learns; of a model that does not learn only its checkpointing counts.
         adaptation: what of an alternating surrogate learns: ``Full`` or, for less memory, ``LoRA``.
         prompt: what a model that does not learn is asked for. When not given: what DreamBooth calls the person, if the
@@ -90,6 +92,7 @@ class Settings:
     micro_batch: int = 4
     draws: int = 1
     objective: Objective | None = None
+    parametrisation: Parametrisation = field(default_factory=OwnSize)
     training: DreamBooth = field(default_factory=DreamBooth)
     adaptation: Adaptation = field(default_factory=Full)
     prompt: str | None = None

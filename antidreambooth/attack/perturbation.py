@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from antidreambooth.attack.canvas import STEP, Canvas
 from antidreambooth.attack.objectives import Denoising, Objective
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
@@ -22,19 +23,10 @@ from antidreambooth.diffusion.recording import Recording
 from antidreambooth.diffusion.seeding import Turn, uniform
 from antidreambooth.errors import require
 
-STEP = 1 / 127.5  # one 8-bit step of a pixel, in [-1, 1]
-
 
 def alone(gradient: Tensor) -> Tensor:
     """The gradient of a run with one process: as it is."""
     return gradient
-
-
-def project(
-    images: Float[Tensor, "n 3 h w"], originals: Float[Tensor, "n 3 h w"], radius: float
-) -> Float[Tensor, "n 3 h w"]:
-    """Nearest images within ``radius`` of ``originals`` (l-inf), all in [-1, 1] (arXiv:1706.06083)."""
-    return images.clamp((originals - radius).clamp(min=-1), (originals + radius).clamp(max=1))
 
 
 def random_noise(originals: UInt8[Tensor, "n 3 h w"], budget: float, seed: int) -> UInt8[Tensor, "n 3 h w"]:
@@ -79,7 +71,7 @@ def pixel_gradient(
 class Moved(NamedTuple):
     """What PGD leaves behind."""
 
-    images: Float[Tensor, "n 3 h w"]  # within the budget of the originals, in [-1, 1]
+    state: Tensor  # of the canvas, within the budget
     objective: Float[Tensor, ""]  # its mean over the steps
     slope: Float[Tensor, ""]  # mean absolute gradient over the steps; the sign of a gradient hides NaN
     memory: Tensor  # of the step rule
@@ -127,56 +119,57 @@ class PGD:
         """Change per step, in 8-bit steps."""
         return self.budget / 10 if self.step_size is None else self.step_size
 
-    def project(
-        self, images: Float[Tensor, "n 3 h w"], originals: Float[Tensor, "n 3 h w"]
-    ) -> Float[Tensor, "n 3 h w"]:
-        """Nearest images within the budget."""
-        return project(images, originals, self.budget * STEP)
+    def project(self, canvas: Canvas, state: Tensor) -> Tensor:
+        """The nearest state within the budget."""
+        return canvas.project(state, self.budget * STEP)
 
-    def start(self, originals: Float[Tensor, "n 3 h w"], seed: int) -> Float[Tensor, "n 3 h w"]:
+    def start(self, canvas: Canvas, seed: int) -> Tensor:
         """The perturbation before the first step: nothing, or noise that is the same on every rank and device."""
+        blank = canvas.blank
         if not self.rule.random_start:
-            return torch.zeros_like(originals)
+            return torch.zeros_like(blank)
         generator = Turn(0, seed).generator(torch.device("cpu"))
-        noise = uniform(originals.shape, generator) * 2 - 1
-        return self.project(originals + self.budget * STEP * noise.to(originals), originals) - originals
+        noise = uniform(blank.shape, generator) * 2 - 1
+        return self.project(canvas, blank + self.budget * STEP * noise.to(blank)) - blank
 
     def __call__(
         self,
         surrogate: Surrogate,
-        originals: Float[Tensor, "n 3 h w"],
-        cloaked: Float[Tensor, "n 3 h w"],
+        canvas: Canvas,
+        state: Tensor,
         turn: Turn,
         generator: torch.Generator,
         memory: Tensor | None = None,
     ) -> Moved:
-        """Moves ``cloaked`` by ``steps`` steps.
+        """Moves a canvas' state by ``steps`` steps.
 
         Args:
             surrogate: whose gradient is climbed.
-            originals: the photos to protect, in [-1, 1].
-            cloaked: what they have become so far.
+            canvas: the photos to protect.
+            state: what they have become so far.
             turn: which round of how many this is.
             generator: of the objective's draws.
             memory: what the step rule remembered of this surrogate in the round before; it begins anew when not given.
         """
         size = self.effective_step_size * STEP
         backbone = surrogate.backbone
-        memory = self.rule.begin(originals) if memory is None or not self.rule.lasting else memory
-        total, slope = torch.zeros((2,), device=originals.device, dtype=torch.float32)
+        memory = canvas.begin(self.rule) if memory is None or not self.rule.lasting else memory
+        total, slope = torch.zeros((2,), device=state.device, dtype=torch.float32)
         # A recording rounds weights by itself: it reads those that stay where they are.
         rounded = nullcontext() if self.recorded else cast_once(backbone.unet, backbone.vae.encoder)
         with frozen(backbone), rounded:
             embedding = surrogate.prompt_embedding()
             for number in range(self.steps):
-                draws = [self.objective.draw(backbone, cloaked, generator) for _ in range(self.draws)]
-                gradient, value = self._gradient(backbone, cloaked, embedding, draws)
-                gradient = self.reduce(gradient)
-                direction, memory = self.rule.direction(gradient, memory)
+                looks = canvas.looks(turn, turn.number * self.steps + number)
+                images = canvas.images(state, looks)
+                draws = [self.objective.draw(backbone, images, generator) for _ in range(self.draws)]
+                gradient, value = self._gradient(backbone, images, embedding, draws)
+                gradient = self.reduce(canvas.gradient(gradient, looks))
+                direction, memory = canvas.direction(self.rule, gradient, memory)
                 step = size * self.rule.factor(turn.progress(number / self.steps))
-                cloaked = self.project(cloaked + step * direction, originals)
+                state = self.project(canvas, state + step * direction)
                 total, slope = total + value, slope + gradient.abs().mean()
-        return Moved(cloaked, total / self.steps, slope / self.steps, memory)
+        return Moved(state, total / self.steps, slope / self.steps, memory)
 
     def _gradient(
         self,

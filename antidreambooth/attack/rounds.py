@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from antidreambooth.attack.canvas import Canvas
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.seeding import Turn
@@ -17,16 +18,16 @@ from antidreambooth.errors import InputError
 
 
 class Photos(NamedTuple):
-    """What a round works on, in [-1, 1]; the one batch of an epoch."""
+    """What a round works on; the one batch of an epoch."""
 
-    originals: Float[Tensor, "n 3 h w"]  # to protect
-    clean: Float[Tensor, "m 3 h w"]  # reference set A
+    canvas: Canvas  # the photos to protect
+    clean: Float[Tensor, "m 3 s s"]  # reference set A, in [-1, 1]
 
 
 class Outcome(NamedTuple):
     """What a round leaves behind; of several surrogates the mean losses."""
 
-    cloaked: Float[Tensor, "n 3 h w"]
+    state: Tensor  # of the canvas
     clean_loss: Float[Tensor, ""]
     objective: Float[Tensor, ""]
     cloaked_loss: Float[Tensor, ""]
@@ -78,8 +79,8 @@ def require_vital(signs: Sequence[float], turn: Turn) -> None:
 
 def alternate(
     surrogates: Sequence[Surrogate],
-    originals: Float[Tensor, "n 3 h w"],
-    cloaked: Float[Tensor, "n 3 h w"],
+    canvas: Canvas,
+    state: Tensor,
     attack: PGD,
     turn: Turn,
     memory: Sequence[Tensor] | None = None,
@@ -92,8 +93,8 @@ def alternate(
 
     Args:
         surrogates: the models that the gradient is taken through; trained in place.
-        originals: the photos to protect, in [-1, 1].
-        cloaked: what they have become so far.
+        canvas: the photos to protect.
+        state: of the canvas, what they have become so far.
         attack: projected gradient descent with its objective and budget.
         turn: number, seed and rank of this round.
         memory: what the step rule remembered of each surrogate in the round before; None before the first one.
@@ -101,21 +102,22 @@ def alternate(
     Returns:
         The photos after this round, the mean losses of both surrogate phases, the mean objective, and the memory.
     """
-    generator = turn.generator(originals.device)
+    generator = turn.generator(state.device)
     clean_losses, moved = [], []
     for number, surrogate in enumerate(surrogates):
         with surrogate.borrowed():
             clean_losses.append(surrogate.learn_clean(turn, generator))
             before = None if memory is None else memory[number]
-            moved.append(attack(surrogate, originals, cloaked, turn, generator, before))
-    cloaked = attack.project(torch.stack([one.images for one in moved]).mean(dim=0), originals)
+            moved.append(attack(surrogate, canvas, state, turn, generator, before))
+    state = attack.project(canvas, torch.stack([one.state for one in moved]).mean(dim=0))
+    cloaked = canvas.lessons(state)
     cloaked_losses = [surrogate.learn_cloaked(cloaked, turn, generator) for surrogate in surrogates]
     return Outcome(
-        cloaked,
+        state,
         clean_loss=torch.stack(clean_losses).mean(),
         objective=torch.stack([one.objective for one in moved]).mean(),
         cloaked_loss=torch.stack(cloaked_losses).mean(),
         slope=torch.stack([one.slope for one in moved]).mean(),
-        weights=torch.stack([surrogate.weight_norm().to(originals.device) for surrogate in surrogates]).mean(),
+        weights=torch.stack([surrogate.weight_norm().to(state.device) for surrogate in surrogates]).mean(),
         memory=[one.memory for one in moved],
     )

@@ -52,9 +52,14 @@ class Turn:
     ranks: int = 1
     rounds: int = 1
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """A fresh source of noise for this round."""
-        (word,) = np.random.SeedSequence([self.seed, self.rank, self.number]).generate_state(1, np.uint64)
+    def generator(self, device: torch.device, *stream: int) -> torch.Generator:
+        """A fresh source of noise for this round.
+
+        Args:
+            device: of the noise.
+            stream: numbers, the first of them not 0, that tell another source of the same round from the main one.
+        """
+        (word,) = np.random.SeedSequence([self.seed, self.rank, self.number, *stream]).generate_state(1, np.uint64)
         return torch.Generator(device).manual_seed(int(word))
 
     def progress(self, share: float) -> float:

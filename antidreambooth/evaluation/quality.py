@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import AlexNet_Weights
+from torchvision.transforms.v2.functional import resize
 
 from antidreambooth.diffusion.precision import made_on_cpu
 from antidreambooth.errors import InputError
@@ -26,6 +27,10 @@ LPIPS_MISSING = (
 )
 
 
+SCREEN = 512  # pixels of the longer side at which SSIM is taken
+ROWS = 256  # of a photo that are looked at together
+
+
 class CloakQuality(TypedDict):
     """Figures of one cloaked picture against its original."""
 
@@ -35,13 +40,23 @@ class CloakQuality(TypedDict):
 
 
 def cloak_quality(original: UInt8[Tensor, "3 h w"], cloaked: UInt8[Tensor, "3 h w"]) -> CloakQuality:
-    """PSNR in dB (higher is closer; None for equal pictures), SSIM (1 is equal), largest difference in 8-bit steps."""
-    pair = original[None], cloaked[None]
-    decibel = float(psnr(*pair))
+    """PSNR in dB (higher is closer; None for equal pictures), SSIM (1 is equal), largest difference in 8-bit steps.
+
+    Of a photo whose longer side has more than ``SCREEN`` pixels, SSIM is that of the photo scaled down to so many: what
+    is seen on a screen, in a bounded amount of memory.
+    """
+    squares, largest = 0, 0
+    for before, after in zip(original.split(ROWS, dim=1), cloaked.split(ROWS, dim=1), strict=True):
+        difference = after.int() - before.int()
+        squares += int(difference.square().sum())
+        largest = max(largest, int(difference.abs().max()))
+    ratio = min(1.0, SCREEN / max(original.shape[1:]))
+    size = [max(1, round(side * ratio)) for side in original.shape[1:]]
+    scaled = (one[None] if ratio == 1 else resize(one[None], size, antialias=True) for one in (original, cloaked))
     return {
-        "psnr": None if math.isnan(decibel) else round(decibel, 3),
-        "ssim": round(float(ssim(*pair)), 5),
-        "largest_difference": int(largest_difference(*pair)),
+        "psnr": round(10 * math.log10(255**2 * original.numel() / squares), 3) if squares else None,
+        "ssim": round(float(ssim(*scaled)), 5),
+        "largest_difference": largest,
     }
 
 

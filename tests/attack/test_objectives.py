@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
 from PIL import Image
 
+from antidreambooth.attack.canvas import SquareCanvas
 from antidreambooth.attack.objectives import Denoising, Targeted, Transformed
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.surrogates import Fixed
@@ -72,7 +73,7 @@ def test_targeted_pgd_raises_its_objective(backbone):
     draw = objective.draw(backbone, originals, generator())
     before = value(objective, backbone, originals, embedding, draw).mean()
     attack = PGD(steps=30, objective=objective)
-    cloaked = attack(Fixed(backbone, PROMPT), originals, originals, Turn(0), generator()).images
+    cloaked = attack(Fixed(backbone, PROMPT), SquareCanvas(originals), originals, Turn(0), generator()).state
     assert value(objective, backbone, cloaked, embedding, draw).mean() > before
 
 

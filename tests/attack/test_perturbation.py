@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from antidreambooth.attack.cost import counted
 from antidreambooth.attack.objectives import Denoising, Targeted, Transformed
-from antidreambooth.attack.perturbation import PGD, STEP, pixel_gradient, project
+from antidreambooth.attack.canvas import STEP, SquareCanvas, project
+from antidreambooth.attack.perturbation import PGD, pixel_gradient
 from antidreambooth.attack.surrogates import Fixed
 from antidreambooth.attack.transforms import Crop, Flip
 from antidreambooth.diffusion.seeding import Turn
@@ -122,7 +123,7 @@ def test_a_step_goes_along_the_mean_of_draws_that_differ(backbone):
         return gradient
 
     attack = PGD(steps=2, draws=3, reduce=kept)
-    attack(Fixed(backbone, PROMPT), originals, originals, Turn(0), torch.Generator().manual_seed(0))
+    attack(Fixed(backbone, PROMPT), SquareCanvas(originals), originals, Turn(0), torch.Generator().manual_seed(0))
     generator, objective = torch.Generator().manual_seed(0), Denoising()
     draws = [objective.draw(backbone, originals, generator) for _ in range(3)]
     embedding = backbone.embed([PROMPT]).detach()
@@ -140,7 +141,9 @@ def test_attack_raises_the_objective_and_leaves_the_model_alone(backbone):
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     originals = to_float(random_images(3))
     generator = Turn(0).generator(originals.device)
-    cloaked = PGD(budget=8.0, steps=20)(Fixed(backbone, PROMPT), originals, originals, Turn(0), generator).images
+    cloaked = PGD(budget=8.0, steps=20)(
+        Fixed(backbone, PROMPT), SquareCanvas(originals), originals, Turn(0), generator
+    ).state
     (_, low), (_, high) = gradient(backbone, originals, 3), gradient(backbone, cloaked, 3)
     assert high > low
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
@@ -151,7 +154,7 @@ def test_attack_raises_the_objective_and_leaves_the_model_alone(backbone):
 def test_step_size_defaults_to_a_tenth_of_the_budget(backbone):
     originals = to_float(random_images(1)) * 0.5
     surrogate, attack = Fixed(backbone, PROMPT), PGD(budget=10.0, steps=1)
-    cloaked = attack(surrogate, originals, originals, Turn(0), torch.Generator()).images
+    cloaked = attack(surrogate, SquareCanvas(originals), originals, Turn(0), torch.Generator()).state
     torch.testing.assert_close((cloaked - originals).abs().max(), torch.tensor(STEP), rtol=1e-4, atol=0)
 
 
@@ -165,7 +168,9 @@ def test_the_gradient_is_averaged_over_processes(backbone):
     attack = PGD(steps=1, reduce=turned)
     originals = to_float(random_images(1)) * 0.5
     down, up = (
-        one(Fixed(backbone, PROMPT), originals, originals, Turn(0), torch.Generator().manual_seed(0)).images
+        one(
+            Fixed(backbone, PROMPT), SquareCanvas(originals), originals, Turn(0), torch.Generator().manual_seed(0)
+        ).state
         for one in (attack, PGD(steps=1))
     )
     (gradient,) = seen

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.optim import AdamW
 
 from antidreambooth.attack.objectives import Denoising
-from antidreambooth.attack.perturbation import PGD, STEP
+from antidreambooth.attack.canvas import STEP, SquareCanvas
+from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.attack.surrogates import Alternating
 from antidreambooth.diffusion.backbone import Checkpointing, Posterior
@@ -98,8 +99,8 @@ def test_three_rounds_equal_a_plain_reference_bit_for_bit(backbone, bf16):
     cloaked = originals
     for number in range(ROUNDS):
         with autocast(bf16):  # as a trainer does: one context for the whole round
-            outcome = alternate([surrogate], originals, cloaked, PGD(), Turn(number, seed=7))
-        cloaked = outcome.cloaked
+            outcome = alternate([surrogate], SquareCanvas(originals), cloaked, PGD(), Turn(number, seed=7))
+        cloaked = outcome.state
     assert torch.equal(cloaked, expected)
     assert not torch.equal(cloaked, originals)
     for (name, actual), wanted in zip(backbone.state_dict().items(), theta.state_dict().values(), strict=True):
@@ -132,7 +133,7 @@ def test_only_the_surrogate_and_the_photos_change(backbone):
     surrogate, originals = setup(backbone)
     kept = originals.clone()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    alternate([surrogate], originals, originals, PGD(), Turn(0))
+    alternate([surrogate], SquareCanvas(originals), originals, PGD(), Turn(0))
     changed = {name for name, value in backbone.state_dict().items() if not torch.equal(value, before[name])}
     assert torch.equal(originals, kept)
     assert changed
@@ -148,7 +149,7 @@ def test_the_text_encoder_can_stay_frozen(backbone):
     )
     surrogate, originals = setup(backbone, training)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    alternate([surrogate], originals, originals, PGD(), Turn(0))
+    alternate([surrogate], SquareCanvas(originals), originals, PGD(), Turn(0))
     changed = {name for name, value in backbone.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all(name.startswith("unet.") for name in changed)
@@ -166,9 +167,9 @@ def test_gradient_checkpointing_changes_nothing(small_model):
         backbone.checkpoint(which)
         assert (backbone.unet.is_gradient_checkpointing, backbone.vae.is_gradient_checkpointing) == networks
         surrogate, originals = setup(backbone)
-        results.append(alternate([surrogate], originals, originals, PGD(), Turn(0)))
+        results.append(alternate([surrogate], SquareCanvas(originals), originals, PGD(), Turn(0)))
     for result in results[1:]:
-        assert torch.equal(results[0].cloaked, result.cloaked)
+        assert torch.equal(results[0].state, result.state)
         assert torch.equal(results[0].cloaked_loss, result.cloaked_loss)
 
 
@@ -211,7 +212,9 @@ def test_every_image_gets_its_turn(steps, size, count, ranks):
 def signs_after(backbone, spoil=lambda surrogate: None, attack=None):
     surrogate, originals = setup(backbone)
     spoil(surrogate)
-    return alternate([surrogate], originals, originals, attack or PGD(steps=1), Turn(2, rounds=5)).vital_signs.tolist()
+    return alternate(
+        [surrogate], SquareCanvas(originals), originals, attack or PGD(steps=1), Turn(2, rounds=5)
+    ).vital_signs.tolist()
 
 
 def test_a_round_that_works_passes(backbone):

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antidreambooth.attack.perturbation import PGD, STEP
+from antidreambooth.attack.canvas import STEP, SquareCanvas
+from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import alternate
 from antidreambooth.attack.steps import Momentum, NormalizedL2, Sign, StepRule
 from antidreambooth.attack.surrogates import Fixed
@@ -89,14 +90,14 @@ def test_rounds_resume_from_what_is_remembered(backbone, rule):
     """A round equals one that was given only what a checkpoint keeps; the budget holds throughout."""
     originals = to_float(random_images(2))
     surrogate, attack = Fixed(backbone, PROMPT), PGD(budget=4.0, steps=3, rule=rule)
-    cloaked, memory = originals + attack.start(originals, 5), None
+    cloaked, memory = originals + attack.start(SquareCanvas(originals), 5), None
     for number in range(3):
         turn = Turn(number, seed=5, rounds=3)
-        outcome = alternate([surrogate], originals, cloaked, attack, turn, memory)
+        outcome = alternate([surrogate], SquareCanvas(originals), cloaked, attack, turn, memory)
         # A checkpoint keeps the memory of a rule that lasts, and nothing of another.
-        apart = alternate([surrogate], originals, cloaked, attack, turn, memory if rule.lasting else None)
-        assert torch.equal(apart.cloaked, outcome.cloaked)
-        cloaked, memory = outcome.cloaked, outcome.memory
+        apart = alternate([surrogate], SquareCanvas(originals), cloaked, attack, turn, memory if rule.lasting else None)
+        assert torch.equal(apart.state, outcome.state)
+        cloaked, memory = outcome.state, outcome.memory
         assert (cloaked - originals).abs().max() <= 4 * STEP + 1e-6
         assert cloaked.abs().max() <= 1
     assert not torch.equal(cloaked, originals)
@@ -108,7 +109,9 @@ def test_momentum_across_rounds_is_one_long_sum_and_in_a_round_it_is_not(backbon
     def memories(rule):
         attack, memory, found = PGD(steps=1, rule=rule), None, []
         for number in range(2):
-            outcome = alternate([Fixed(backbone, PROMPT)], originals, originals, attack, Turn(number), memory)
+            outcome = alternate(
+                [Fixed(backbone, PROMPT)], SquareCanvas(originals), originals, attack, Turn(number), memory
+            )
             memory = outcome.memory
             found.append(memory[0])
         return found
@@ -127,7 +130,9 @@ def test_a_falling_step_size_ends_at_nothing_and_never_rises(backbone):
     for number in range(3):
         before = cloaked
         turn = Turn(number, rounds=3)
-        cloaked = attack(Fixed(backbone, PROMPT), originals, cloaked, turn, turn.generator(originals.device)).images
+        cloaked = attack(
+            Fixed(backbone, PROMPT), SquareCanvas(originals), cloaked, turn, turn.generator(originals.device)
+        ).state
         expected = sum(10 * STEP * (1 - k / 6) for k in (2 * number, 2 * number + 1))
         torch.testing.assert_close((cloaked - before).max(), torch.tensor(expected), rtol=1e-4, atol=0)
     assert Sign(schedule="linear").factor(1.0) == 0
@@ -136,13 +141,13 @@ def test_a_falling_step_size_ends_at_nothing_and_never_rises(backbone):
 def test_a_random_start_fills_the_budget_is_seeded_and_keeps_to_the_range_of_pixels():
     originals = to_float(random_images(3, side=32))
     attack = PGD(budget=8.0, rule=Sign(random_start=True))
-    start = attack.start(originals, seed=1)
-    assert torch.equal(start, attack.start(originals, seed=1))
-    assert not torch.equal(start, attack.start(originals, seed=2))
+    start = attack.start(SquareCanvas(originals), seed=1)
+    assert torch.equal(start, attack.start(SquareCanvas(originals), seed=1))
+    assert not torch.equal(start, attack.start(SquareCanvas(originals), seed=2))
     assert (originals + start).abs().max() <= 1
     assert 7.9 * STEP < start.abs().max() <= 8 * STEP + 1e-6
     assert start.abs().mean().item() == pytest.approx(4 * STEP, rel=0.05)  # uniform; less at the range's ends
-    assert not PGD().start(originals, seed=1).any()
+    assert not PGD().start(SquareCanvas(originals), seed=1).any()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from antidreambooth.attack.cost import counted
-from antidreambooth.attack.perturbation import PGD, STEP
+from antidreambooth.attack.canvas import STEP, SquareCanvas
+from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import alternate
 from antidreambooth.attack.surrogates import Fixed, Offloaded
 from antidreambooth.diffusion.backbone import Backbone
@@ -27,10 +28,10 @@ def models(small_model, small_v_model):
 def test_a_round_with_a_fixed_surrogate_is_pgd_and_leaves_it_alone(backbone):
     originals = to_float(random_images(3))
     before = deepcopy(backbone.state_dict())
-    outcome = alternate([Fixed(backbone, PROMPT)], originals, originals, PGD(), Turn(4, seed=2))
+    outcome = alternate([Fixed(backbone, PROMPT)], SquareCanvas(originals), originals, PGD(), Turn(4, seed=2))
     turn = Turn(4, seed=2)
-    wanted = PGD()(Fixed(backbone, PROMPT), originals, originals, turn, turn.generator(originals.device))
-    assert torch.equal(outcome.cloaked, wanted.images)
+    wanted = PGD()(Fixed(backbone, PROMPT), SquareCanvas(originals), originals, turn, turn.generator(originals.device))
+    assert torch.equal(outcome.state, wanted.state)
     assert torch.equal(outcome.objective, wanted.objective)
     assert outcome.clean_loss == outcome.cloaked_loss == 0
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
@@ -42,24 +43,24 @@ def test_an_ensemble_climbs_apart_and_learns_from_the_mean(models):
     copies = [setup(deepcopy(model)) for model in models]
     originals = made[0][1]
     start = originals * 0.9
-    outcome = alternate([surrogate for surrogate, _ in made], originals, start, PGD(), Turn(1))
+    outcome = alternate([surrogate for surrogate, _ in made], SquareCanvas(originals), start, PGD(), Turn(1))
 
     generator, results = Turn(1).generator(originals.device), []
     for surrogate, _ in copies:
         with surrogate.borrowed():
             surrogate.learn_clean(Turn(1), generator)
-            results.append(PGD()(surrogate, originals, start, Turn(1), generator).images)
+            results.append(PGD()(surrogate, SquareCanvas(originals), start, Turn(1), generator).state)
     low, high = (originals - 8 * STEP).clamp(min=-1), (originals + 8 * STEP).clamp(max=1)
     mean = ((results[0] + results[1]) / 2).clamp(low, high)
     for surrogate, _ in copies:
         surrogate.learn_cloaked(mean, Turn(1), generator)
 
-    assert torch.equal(outcome.cloaked, mean)
+    assert torch.equal(outcome.state, mean)
     assert not torch.equal(results[0], results[1])
     for (surrogate, _), (copy, _) in zip(made, copies, strict=True):
         states = surrogate.backbone.state_dict(), copy.backbone.state_dict()
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    assert (outcome.cloaked - originals).abs().max() <= 8 * STEP + 1e-6
+    assert (outcome.state - originals).abs().max() <= 8 * STEP + 1e-6
 
 
 def test_models_that_rest_elsewhere_give_the_same_and_are_present_one_at_a_time(models, monkeypatch):
@@ -77,8 +78,10 @@ def test_models_that_rest_elsewhere_give_the_same_and_are_present_one_at_a_time(
 
     monkeypatch.setattr(Backbone, "to", recorded)
     apart = [Offloaded(setup(model)[0], device) for model in models]
-    outcomes = [alternate(surrogates, originals, originals, PGD(), Turn(0)) for surrogates in (together, apart)]
-    assert torch.equal(outcomes[0].cloaked, outcomes[1].cloaked)
+    outcomes = [
+        alternate(surrogates, SquareCanvas(originals), originals, PGD(), Turn(0)) for surrogates in (together, apart)
+    ]
+    assert torch.equal(outcomes[0].state, outcomes[1].state)
     assert torch.equal(outcomes[0].cloaked_loss, outcomes[1].cloaked_loss)
     assert most == 1
     assert not present
@@ -87,11 +90,11 @@ def test_models_that_rest_elsewhere_give_the_same_and_are_present_one_at_a_time(
 def test_passes_are_counted_in_images(backbone):
     surrogate, originals = setup(backbone)  # two of four photos and two class images a step, three steps a phase
     with counted([backbone]) as passes:
-        alternate([surrogate], originals, originals, PGD(micro_batch=3), Turn(0))
+        alternate([surrogate], SquareCanvas(originals), originals, PGD(micro_batch=3), Turn(0))
     assert passes.unet == 6 * 4 + 6 * 4
     assert passes.encoder == 6 * 4 + 4
     with counted([backbone]) as several:
-        alternate([surrogate], originals, originals, PGD(micro_batch=3, draws=3), Turn(0))
+        alternate([surrogate], SquareCanvas(originals), originals, PGD(micro_batch=3, draws=3), Turn(0))
     assert (several.unet, several.encoder) == (6 * 4 + 3 * 6 * 4, passes.encoder)
-    alternate([surrogate], originals, originals, PGD(), Turn(1))
+    alternate([surrogate], SquareCanvas(originals), originals, PGD(), Turn(1))
     assert passes.encoder == 28  # nothing is counted afterwards

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from antidreambooth.attack.canvas import Canvas, SquareCanvas
 from antidreambooth.attack.methods import METHODS, Assembly, Lend, Settings, plain_weights
 from antidreambooth.attack.objectives import Targeted, Transformed
 from antidreambooth.attack.perturbation import PGD
@@ -64,8 +65,8 @@ class Ready(NamedTuple):
     """All that a round is called with."""
 
     surrogates: list[Surrogate]
-    originals: Tensor
-    cloaked: Tensor
+    canvas: Canvas
+    state: Tensor
     attack: PGD
     turn: Turn
 
@@ -85,8 +86,9 @@ def ready(name: str, models: Sequence[Backbone], device: torch.device, lend: Len
     assembly.adopt(models if assembly.method.several else models[:1], class_latents, seed=0)
     originals = photos(3, device)
     surrogates = assembly.surrogates(originals, photos(2, device, seed=1), lend)
-    cloaked = originals + assembly.attack.start(originals, 0)
-    return Ready(surrogates, originals, cloaked, assembly.attack, Turn(0, rounds=2))
+    canvas = SquareCanvas(originals)
+    state = originals + assembly.attack.start(canvas, 0)
+    return Ready(surrogates, canvas, state, assembly.attack, Turn(0, rounds=2))
 
 
 def a_victims_step(

@@ -10,7 +10,7 @@ import torch
 
 from antidreambooth import cloak
 from antidreambooth.attack.methods import METHODS
-from antidreambooth.attack.perturbation import STEP
+from antidreambooth.attack.canvas import STEP
 from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.sampling import noise_of, sample
@@ -65,8 +65,8 @@ def test_a_round_moves_the_photos_within_the_budget_and_never_waits(load, device
     outcome = prepared.round()
     assert {tensor.device for tensor in (*outcome[:-1], *outcome.memory)} == {device}
     assert outcome.vital_signs.isfinite().all()
-    assert 0 < (outcome.cloaked - prepared.originals).abs().max() <= 8 * STEP + 1e-6
-    assert outcome.cloaked.abs().max() <= 1
+    assert 0 < (outcome.state - prepared.originals).abs().max() <= 8 * STEP + 1e-6
+    assert outcome.state.abs().max() <= 1
     if name != "offload":  # whose models come and go
         assert not waits(prepared.round, device.type)  # what the first round has made stays
 
@@ -77,7 +77,7 @@ def test_a_round_is_that_of_the_cpu(load, device, name):
     with same_noise():
         found, expected = (ready(name, load(where), where).round() for where in (device, CPU))
     torch.testing.assert_close(found.vital_signs.cpu(), expected.vital_signs, rtol=1e-3, atol=1e-5)
-    assert ((found.cloaked.cpu() - expected.cloaked).abs() > 1e-5).float().mean() < 0.01
+    assert ((found.state.cpu() - expected.state).abs() > 1e-5).float().mean() < 0.01
 
 
 @needs_gpu
@@ -98,7 +98,7 @@ def test_a_victims_step_is_that_of_the_cpu(load, device, name):
 @pytest.mark.parametrize("name", ["aspl", "t-aspl", "lora", "textual inversion", "checkpointing"])
 def test_the_same_round_is_the_same_bytes(load, device, name):
     first, second = (ready(name, load(device), device).round() for _ in range(2))
-    assert torch.equal(first.cloaked, second.cloaked)
+    assert torch.equal(first.state, second.state)
     assert torch.equal(first.vital_signs, second.vital_signs)
 
 
@@ -117,7 +117,7 @@ def test_a_round_under_autocast_is_near_the_one_in_fp32(load, device):
             low = ready("aspl", load(device), device).round()
     assert {value.dtype for value in low[:-1]} == {torch.float32}
     torch.testing.assert_close(torch.stack(low.losses), torch.stack(exact.losses), rtol=5e-2, atol=1e-2)
-    assert not torch.equal(low.cloaked, exact.cloaked)
+    assert not torch.equal(low.state, exact.state)
 
 
 def test_pictures_are_drawn_and_measured(load, device):

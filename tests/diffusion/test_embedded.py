@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from antidreambooth.attack.perturbation import PGD, STEP
+from antidreambooth.attack.canvas import STEP, SquareCanvas
+from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import alternate
 from antidreambooth.attack.surrogates import Alternating
 from antidreambooth.diffusion.loading import load_backbone
@@ -47,7 +48,7 @@ def test_a_cloak_is_not_noise():
     images = cloaked = to_float(originals)
     surrogate = Alternating(backbone, training, weights, backbone.encode_all(images, 4))
     for number in range(4):
-        cloaked = alternate([surrogate], images, cloaked, PGD(budget=budget), Turn(number)).cloaked
+        cloaked = alternate([surrogate], SquareCanvas(images), cloaked, PGD(budget=budget), Turn(number)).state
 
     signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
     untouched = load_backbone("embedded")

@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from antidreambooth.attack import perturbation, surrogates
+from antidreambooth.attack.canvas import SquareCanvas
 from antidreambooth.attack.cost import counted
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.objectives import Targeted
@@ -45,8 +46,8 @@ def two_rounds(backbone, settings):
         assembly.adopt([backbone], lambda model, _: model.encode_all(originals, 4), seed=0)
         models, cloaked = assembly.surrogates(originals, originals, plain_weights), originals
         for number in range(2):
-            outcome = alternate(models, originals, cloaked, assembly.attack, Turn(number))
-            cloaked = outcome.cloaked
+            outcome = alternate(models, SquareCanvas(originals), cloaked, assembly.attack, Turn(number))
+            cloaked = outcome.state
     return [cloaked, *outcome.losses, *(weight.detach() for weight in backbone.learned())]
 
 

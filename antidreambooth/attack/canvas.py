@@ -1,0 +1,291 @@
+"""What PGD moves, and how a model sees it: a photo's square, or a grid that is enlarged to the photo's own size."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int16
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from antidreambooth.attack.steps import StepRule
+from antidreambooth.diffusion.precision import full_precision
+from antidreambooth.diffusion.seeding import Turn, uniform
+from antidreambooth.errors import InputError, require
+from antidreambooth.photos.decoding import Box, to_float
+from antidreambooth.photos.resampling import along
+from antidreambooth.photos.whole import Reduced
+
+STEP = 1 / 127.5  # one 8-bit step of a pixel, in [-1, 1]
+CROPS = 1  # the word of the random stream that crops are drawn from
+
+
+def project(
+    images: Float[Tensor, "n 3 h w"], originals: Float[Tensor, "n 3 h w"], radius: float
+) -> Float[Tensor, "n 3 h w"]:
+    """Nearest images within ``radius`` of ``originals`` (l-inf), all in [-1, 1] (arXiv:1706.06083)."""
+    return images.clamp((originals - radius).clamp(min=-1), (originals + radius).clamp(max=1))
+
+
+class Part(NamedTuple):
+    """A square part of a photo, in its own pixels."""
+
+    left: float
+    top: float
+    side: float
+
+
+class Look(NamedTuple):
+    """What one step sees of one photo: two matrices for its change, and the part of the photo itself."""
+
+    rows: Float[Tensor, "s gh"]
+    columns: Float[Tensor, "s gw"]
+    photo: Float[Tensor, "3 s s"]  # in [-1, 1]
+
+
+Looks = Sequence[Look]
+
+
+class Canvas(ABC):
+    """What PGD moves: a state of any shape, seen by a model as one square picture a photo.
+
+    Attributes:
+        blank: the state before any change, on the device; a perturbation is the difference from it.
+    """
+
+    blank: Tensor
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Canvas:
+        """The same on a device."""
+
+    @abstractmethod
+    def project(self, state: Tensor, radius: float) -> Tensor:
+        """The nearest state whose pixels are within ``radius`` (in units of [-1, 1]) of the photos' own."""
+
+    def looks(self, turn: Turn, number: int) -> Looks:
+        """Which part of each photo step ``number`` of the whole run sees: all of it, unless a subclass draws one."""
+        return ()
+
+    @abstractmethod
+    def images(self, state: Tensor, looks: Looks = ()) -> Float[Tensor, "n 3 s s"]:
+        """What a model sees of a state, in [-1, 1]; of each photo's middle without ``looks``."""
+
+    def lessons(self, state: Tensor) -> Float[Tensor, "m 3 s s"]:
+        """What a surrogate learns from."""
+        return self.images(state)
+
+    @abstractmethod
+    def gradient(self, gradient: Float[Tensor, "n 3 s s"], looks: Looks) -> Tensor:
+        """The gradient in the state, from that in what a model saw."""
+
+    def begin(self, rule: StepRule) -> Tensor:
+        """What a step rule remembers before the first step."""
+        return rule.begin(self.blank)
+
+    def direction(self, rule: StepRule, gradient: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Which way a step goes, and what the rule remembers for the next one; each photo by itself."""
+        return rule.direction(gradient, memory)
+
+
+class SquareCanvas(Canvas):
+    """Photos as squares of the model's resolution: the state is the squares themselves, as published.
+
+    Args:
+        originals: the squares, n 3 h w in [-1, 1].
+    """
+
+    def __init__(self, originals: Float[Tensor, "n 3 h w"]) -> None:
+        self.blank = originals
+
+    def to(self, device: torch.device) -> SquareCanvas:
+        """The same on a device."""
+        return SquareCanvas(self.blank.to(device))
+
+    def project(self, state: Float[Tensor, "n 3 h w"], radius: float) -> Float[Tensor, "n 3 h w"]:
+        """See the function."""
+        return project(state, self.blank, radius)
+
+    def images(self, state: Float[Tensor, "n 3 h w"], looks: Looks = ()) -> Float[Tensor, "n 3 h w"]:
+        """The squares."""
+        return state
+
+    def gradient(self, gradient: Float[Tensor, "n 3 h w"], looks: Looks) -> Float[Tensor, "n 3 h w"]:
+        """As it is."""
+        return gradient
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which part of each photo the attack's steps see.
+
+    A cloak made for the whole view alone does little for a trainer that crops to the face, and what is made for the
+    face alone does little for one that does not; by turns it does most of both at no more cost.
+
+    Args:
+        close: share of the steps that see a part of the photo: a face where one is known, a random square where not.
+            The others see a square of the short side, anywhere along the long one.
+        narrowest: side of a face's square, in widths of the face, at least.
+        widest: the same, at most.
+        smallest: side of a random square, as a share of the photo's short side, at least.
+    """
+
+    close: float = 0.5
+    narrowest: float = 2.0
+    widest: float = 3.0
+    smallest: float = 0.6
+
+    def __post_init__(self) -> None:
+        require("close", self.close, 0, 1)
+        require("narrowest", self.narrowest, 1)
+        require("widest", self.widest, 1)
+        require("smallest", self.smallest, above=0, most=1)
+        if self.narrowest > self.widest:
+            raise InputError(f"narrowest is at most widest: got {self.narrowest} and {self.widest}")
+
+    def is_close(self, number: int) -> bool:
+        """Whether a step of the run, counted from 0, sees a part of the photos: evenly spread over the steps."""
+        return math.floor((number + 1) * self.close) > math.floor(number * self.close)
+
+    def smallest_part(self, size: tuple[int, int], faces: Sequence[Box]) -> float:
+        """Side of the smallest square that steps see of a photo, as a share of the short side."""
+        if not self.close:
+            return 1.0
+        if not faces:
+            return self.smallest
+        return min(1.0, min(self.narrowest * (right - left) for left, _, right, _ in faces) / min(size))
+
+    def part(self, photo: Reduced, close: bool, numbers: Sequence[float]) -> Part:
+        """A part of a photo.
+
+        Args:
+            photo: of which.
+            close: whether it is a face or a random square, or else the whole view.
+            numbers: four in [0, 1) that say which.
+        """
+        which, size, across, down = numbers
+        width, height = photo.size
+        short = float(min(width, height))
+        if not (close and photo.faces):
+            side = short * (self.smallest + (1 - self.smallest) * size) if close else short
+            return Part(across * (width - side), down * (height - side), side)
+        left, top, right, bottom = photo.faces[int(which * len(photo.faces))]
+        side = min(short, (right - left) * (self.narrowest + (self.widest - self.narrowest) * size))
+        # The face's middle moves by up to a tenth of the square's side: no two detectors agree on a face's box.
+        x, y = (left + right) / 2 + 0.2 * (across - 0.5) * side, (top + bottom) / 2 + 0.2 * (down - 0.5) * side
+        return Part(min(max(0.0, x - side / 2), width - side), min(max(0.0, y - side / 2), height - side), side)
+
+
+class OwnSizeCanvas(Canvas):
+    """A grid for each photo, which is enlarged to the photo's own size; the state is all grids, one after the other.
+
+    Where a value would leave 0..255 the photo is clipped when it is written, and the picture that a step sees is; the
+    gradient takes no notice.
+
+    Args:
+        photos: at the sizes of their grids.
+        side: of the square that a model sees, in pixels.
+        views: which parts of the photos the steps see.
+        device: where the state lies.
+    """
+
+    def __init__(
+        self, photos: Sequence[Reduced], side: int, views: Views | None = None, device: torch.device | None = None
+    ) -> None:
+        self.photos, self.side, self.views = list(photos), side, views or Views()
+        self.device = device or torch.device("cpu")
+        self.pictures = [to_float(photo.picture[None])[0].to(self.device) for photo in photos]
+        sizes = [picture.numel() for picture in self.pictures]
+        self.blank = torch.zeros(sum(sizes), device=self.device, dtype=torch.float32)
+        self.sizes = sizes
+
+    def to(self, device: torch.device) -> OwnSizeCanvas:
+        """The same on a device."""
+        return self if device == self.device else OwnSizeCanvas(self.photos, self.side, self.views, device)
+
+    def grids(self, state: Float[Tensor, " values"]) -> list[Float[Tensor, "3 gh gw"]]:
+        """Each photo's part of a state."""
+        parts = zip(state.split(self.sizes), self.pictures, strict=True)
+        return [part.view(picture.shape) for part, picture in parts]
+
+    def project(self, state: Float[Tensor, " values"], radius: float) -> Float[Tensor, " values"]:
+        """Each grid's values within ``radius``: enlarging takes means, so that no pixel changes by more."""
+        return state.clamp(-radius, radius)
+
+    def looks(self, turn: Turn, number: int) -> Looks:
+        """A part of each photo; other ranks see other ones."""
+        numbers = uniform((len(self.photos), 4), turn.generator(torch.device("cpu"), CROPS, number)).tolist()
+        close = self.views.is_close(number)
+        parts = [self.views.part(p, close, drawn) for p, drawn in zip(self.photos, numbers, strict=True)]
+        return [self.look(index, part) for index, part in enumerate(parts)]
+
+    def look(self, index: int, part: Part | None = None) -> Look:
+        """What a step sees of a photo's square; of the one in its middle when not given."""
+        photo, picture = self.photos[index], self.pictures[index]
+        part = part or self.views.part(photo, False, (0.5, 0.5, 0.5, 0.5))
+        (width, height), (_, rows, columns) = photo.size, picture.shape
+        with full_precision(self.device):
+            down, photo_down = along(rows, height, part.top, part.side, self.side, self.device)
+            across, photo_across = along(columns, width, part.left, part.side, self.side, self.device)
+            return Look(down, across, photo_down @ picture @ photo_across.T)
+
+    def images(self, state: Float[Tensor, " values"], looks: Looks = ()) -> Float[Tensor, "n 3 s s"]:
+        """The photos' parts with their changes, clipped to [-1, 1]."""
+        return self._seen(self.grids(state), looks or [self.look(index) for index in range(len(self.photos))])
+
+    def lessons(self, state: Float[Tensor, " values"]) -> Float[Tensor, "m 3 s s"]:
+        """The middle square of each photo, and then its faces, where steps see them."""
+        grids, looks = [], []
+        for index, (photo, grid) in enumerate(zip(self.photos, self.grids(state), strict=True)):
+            faces = len(photo.faces) if self.views.close else 0
+            parts = [self.views.part(photo, True, ((n + 0.5) / faces, 0.5, 0.5, 0.5)) for n in range(faces)]
+            looks += [self.look(index), *(self.look(index, part) for part in parts)]
+            grids += [grid] * (1 + faces)
+        return self._seen(grids, looks)
+
+    def gradient(self, gradient: Float[Tensor, "n 3 s s"], looks: Looks) -> Float[Tensor, " values"]:
+        """Back through the matrices."""
+        with full_precision(self.device):
+            parts = [look.rows.T @ one @ look.columns for one, look in zip(gradient, looks, strict=True)]
+        evened = [
+            part.mean(dim=0).expand_as(part) if photo.grey else part
+            for part, photo in zip(parts, self.photos, strict=True)
+        ]
+        return torch.cat([part.flatten() for part in evened])
+
+    def begin(self, rule: StepRule) -> Tensor:
+        """What the rule remembers of each photo, one after the other."""
+        return torch.cat([rule.begin(grid[None]).flatten() for grid in self.grids(self.blank)])
+
+    def direction(self, rule: StepRule, gradient: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """The rule's own, photo by photo."""
+        grids = [grid[None] for grid in self.grids(gradient)]
+        shapes = [rule.begin(grid).shape for grid in grids]
+        memories = memory.split([shape.numel() for shape in shapes])
+        made = [
+            rule.direction(grid, part.view(shape)) for grid, part, shape in zip(grids, memories, shapes, strict=True)
+        ]
+        steps, kept = ([part.flatten() for part in parts] for parts in zip(*made, strict=True))
+        return torch.cat(steps), torch.cat(kept)
+
+    def change(self, state: Float[Tensor, " values"], index: int, budget: float) -> Int16[Tensor, "h w 3"]:
+        """How much each value of a photo changes at its own size, in whole 8-bit steps; one channel at a time."""
+        width, height = self.photos[index].size
+        steps = math.floor(budget)
+        channels = []
+        for channel in self.grids(state)[index].cpu() / STEP:
+            enlarged = interpolate(channel[None, None], (height, width), mode="bilinear")[0, 0]
+            channels.append(enlarged.round_().clamp_(-steps, steps).to(torch.int16))
+        return torch.stack(channels, dim=-1)
+
+    def _seen(self, grids: Sequence[Tensor], looks: Looks) -> Float[Tensor, "m 3 s s"]:
+        """Each look's part of a photo, with the grid's change."""
+        with full_precision(self.device):
+            pairs = zip(grids, looks, strict=True)
+            pictures = [look.photo + look.rows @ grid @ look.columns.T for grid, look in pairs]
+            return torch.stack(pictures).clamp(-1, 1)

@@ -1,0 +1,202 @@
+"""Of what size cloaked photos are, and what of them PGD moves: a setting of every method."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from antidreambooth.attack.canvas import Canvas, OwnSizeCanvas, SquareCanvas, Views
+from antidreambooth.errors import require
+from antidreambooth.photos.decoding import Box, Photo, find_photos, load_photos, square, to_float
+from antidreambooth.photos.delivery import Delivered, Delivery, deliver, png, require_change, to_8bit, unchanged
+from antidreambooth.photos.given import squares, wholes
+from antidreambooth.photos.original import read_original
+from antidreambooth.photos.whole import WholePhoto, whole_photo
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cloaked photo as it is given back.
+
+    Args:
+        file: of the cloaked photo; its largest change is of the file's own numbers, read back.
+        before: the photo, h w 3, as trainers read it.
+        after: the same of the file.
+        seen_before: the photo's square as people see it.
+        seen_after: the same of the file.
+        removed: what of the photo's file is not in the new one, in words.
+    """
+
+    file: Delivered
+    before: UInt8[np.ndarray, "h w 3"]
+    after: UInt8[np.ndarray, "h w 3"]
+    seen_before: UInt8[Tensor, "3 s s"]
+    seen_after: UInt8[Tensor, "3 s s"]
+    removed: tuple[str, ...] = ()
+
+
+class Parametrisation(ABC):
+    """What of the photos PGD moves.
+
+    Attributes:
+        own_size: whether photos come back at their own size.
+    """
+
+    own_size: bool
+
+    @abstractmethod
+    def load(self, source: Path, side: int) -> list[Photo]:
+        """Photos of a folder, or the one photo, with what the canvas needs of them; one at a time at its own size.
+
+        Args:
+            source: the folder or file, see ``find_photos``.
+            side: of the square that a model sees, in pixels.
+
+        Raises:
+            InputError: There is no photo, or one that cannot be read or decoded.
+        """
+
+    @abstractmethod
+    def take(self, given: object, what: str, side: int, again: bool) -> list[Photo]:
+        """The same of photos that a program hands over, see ``squares``."""
+
+    @abstractmethod
+    def canvas(self, photos: Sequence[Photo], side: int) -> Canvas:
+        """What PGD moves of these photos.
+
+        Args:
+            photos: to protect.
+            side: of the square that a model sees, in pixels.
+        """
+
+    @abstractmethod
+    def shown(self, canvas: Any, state: Tensor, photos: Sequence[Photo], budget: float) -> UInt8[Tensor, "n 3 s s"]:
+        """Each photo's square as a model sees it, in 8 bits.
+
+        Args:
+            canvas: of these photos, on the CPU.
+            state: of the canvas, on the CPU.
+            photos: whose canvas it is.
+            budget: in 8-bit steps.
+        """
+
+    @abstractmethod
+    def finish(
+        self, canvas: Any, state: Tensor, photos: Sequence[Photo], budget: float, delivery: Delivery
+    ) -> Iterator[Finished]:
+        """The photos as they are given back, one at a time.
+
+        Args:
+            canvas: of these photos, on the CPU.
+            state: of the canvas, on the CPU.
+            photos: whose canvas it is.
+            budget: in 8-bit steps.
+            delivery: the format of the files, and what is kept in them.
+
+        Raises:
+            InputError: a photo's file has changed meanwhile, or no pixel of a photo has changed.
+        """
+
+
+class Square(Parametrisation):
+    """Each photo's centred square at the model's resolution, which is also what comes back: as published."""
+
+    own_size = False
+
+    def load(self, source: Path, side: int) -> list[Photo]:
+        """The squares."""
+        return load_photos(source, side)
+
+    def take(self, given: object, what: str, side: int, again: bool) -> list[Photo]:
+        """The squares."""
+        return squares(given, what, side, again)
+
+    def canvas(self, photos: Sequence[Photo], side: int) -> SquareCanvas:
+        """The squares."""
+        return SquareCanvas(to_float(torch.stack([photo.pixels for photo in photos])))
+
+    def shown(
+        self, canvas: SquareCanvas, state: Tensor, photos: Sequence[Photo], budget: float
+    ) -> UInt8[Tensor, "n 3 s s"]:
+        """The squares."""
+        return to_8bit(state, torch.stack([photo.pixels for photo in photos]), budget)
+
+    def finish(
+        self, canvas: SquareCanvas, state: Tensor, photos: Sequence[Photo], budget: float, delivery: Delivery
+    ) -> Iterator[Finished]:
+        """PNG files of the squares."""
+        cloaked = self.shown(canvas, state, photos, budget)
+        originals = torch.stack([photo.pixels for photo in photos])
+        require_change(originals, cloaked, [photo.name for photo in photos])
+        for before, after in zip(originals, cloaked, strict=True):
+            first, second = (one.permute(1, 2, 0).numpy() for one in (before, after))
+            largest = int(np.abs(second.astype(np.int16) - first).max())
+            yield Finished(Delivered(png(after), ".png", largest, 0.0), first, second, before, after)
+
+
+class OwnSize(Parametrisation):
+    """A grid for each photo, which is enlarged to the photo's own size; each step sees a part of the photo.
+
+    Args:
+        oversampling: points of the grid for each pixel of what a model sees of the whole photo (of its short side).
+            Where steps see a small part of a photo the grid is finer, up to twice as fine.
+        views: which parts of the photos the steps see.
+    """
+
+    own_size = True
+
+    def __init__(self, oversampling: float = 2.0, views: Views = Views()) -> None:  # noqa: B008 (frozen)
+        require("oversampling", oversampling, 1, 8)
+        self.oversampling, self.views = oversampling, views
+
+    def points(self, size: tuple[int, int], faces: tuple[Box, ...], side: int) -> int:
+        """Of the short side of a photo's grid: one for each pixel of the smallest part, as a model sees it.
+
+        Args:
+            size: of the photo, width and height.
+            faces: boxes of the faces that are protected.
+            side: of the square that a model sees, in pixels.
+        """
+        finest = 1 / self.views.smallest_part(size, faces)
+        return math.ceil(side * min(max(self.oversampling, finest), 2 * self.oversampling))
+
+    def load(self, source: Path, side: int) -> list[Photo]:
+        """The photos at the size of their grids, with their faces."""
+        return [whole_photo(path, side, self.points) for path in find_photos(source)]
+
+    def take(self, given: object, what: str, side: int, again: bool) -> list[Photo]:
+        """The photos at the size of their grids, with their faces."""
+        return [*wholes(given, what, side, again, self.points)]
+
+    def canvas(self, photos: Sequence[Photo], side: int) -> OwnSizeCanvas:
+        """The grids."""
+        return OwnSizeCanvas([p.at_grid for p in photos if isinstance(p, WholePhoto)], side, self.views)
+
+    def shown(
+        self, canvas: OwnSizeCanvas, state: Tensor, photos: Sequence[Photo], budget: float
+    ) -> UInt8[Tensor, "n 3 s s"]:
+        """The middle squares, as trainers see them."""
+        return ((canvas.images(state) + 1) * 127.5).round().to(torch.uint8)
+
+    def finish(
+        self, canvas: OwnSizeCanvas, state: Tensor, photos: Sequence[Photo], budget: float, delivery: Delivery
+    ) -> Iterator[Finished]:
+        """The photos at their own size, each read once more from its file."""
+        for index, photo in enumerate(photos):
+            assert isinstance(photo, WholePhoto)
+            original = photo.original()
+            file = deliver(original, canvas.change(state, index, budget).numpy(), budget, delivery)
+            if not file.largest:
+                raise unchanged(photo.name)
+            cloaked = read_original(file.data, photo.name)
+            seen, _ = square(cloaked.looks(), canvas.side)
+            yield Finished(file, original.pixels(), cloaked.pixels(), photo.pixels, seen, original.removed)
