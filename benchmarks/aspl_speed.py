@@ -30,8 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
-from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.canvas import STEP, SquareCanvas
+from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import Outcome, alternate
 from antidreambooth.diffusion.backbone import Backbone, Posterior

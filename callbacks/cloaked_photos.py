@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -65,7 +65,7 @@ class CloakedPhotos(Callback):
         if not self.every_n_epochs or number % self.every_n_epochs or not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        state, budget = self._state(trainer, pl_module), pl_module.attack.budget
+        state, budget = self._state(trainer, pl_module), cast(Any, pl_module).attack.budget
         cloaked = data.parametrisation.shown(data.canvas, state, data.photos, budget)
         for name, picture in zip(cloaked_names([photo.name for photo in data.photos]), cloaked, strict=True):
             write_png(Path(trainer.default_root_dir) / "progress" / f"round-{number:03d}" / name, picture)

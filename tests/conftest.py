@@ -203,9 +203,7 @@ def photos(tmp_path) -> Path:
 def command(small_model, small_v_model, photos, tmp_path):
     """Builds the arguments of a cloaking run of a few small rounds; more can be added."""
 
-    def build(
-        *more: str, config: str | Path = "aspl", rounds: int = 2, out: str = "out", parametrisation: str = "Square"
-    ) -> list[str]:
+    def build(*more: str, config: str | Path = "aspl", rounds: int = 2, out: str = "out") -> list[str]:
         path = ROOT / "configs" / f"{config}.yaml" if isinstance(config, str) else config
         fixed = {"advdm": [], "fsmg": [f"--model.surrogate={SURROGATE}"]}
         learning = ["--model.surrogate.learning_rate=1e-3", "--model.surrogate.prior.images=4"]
@@ -221,7 +219,6 @@ def command(small_model, small_v_model, photos, tmp_path):
             "--trainer.precision=32-true",
             f"--trainer.max_epochs={rounds}",
             f"--trainer.default_root_dir={tmp_path / out}",
-            f"--model.parametrisation={parametrisation}",
             "--checkpoint.every_n_epochs=1",
             *more,
         ]

@@ -210,7 +210,7 @@ class OwnSizeCanvas(Canvas):
 
     def grids(self, state: Float[Tensor, " values"]) -> list[Float[Tensor, "3 gh gw"]]:
         """Each photo's part of a state."""
-        parts = zip(state.split(self.sizes), self.pictures, strict=True)
+        parts = zip(torch.split(state, self.sizes), self.pictures, strict=True)
         return [part.view(picture.shape) for part, picture in parts]
 
     def project(self, state: Float[Tensor, " values"], radius: float) -> Float[Tensor, " values"]:
@@ -266,7 +266,7 @@ class OwnSizeCanvas(Canvas):
         """The rule's own, photo by photo."""
         grids = [grid[None] for grid in self.grids(gradient)]
         shapes = [rule.begin(grid).shape for grid in grids]
-        memories = memory.split([shape.numel() for shape in shapes])
+        memories = torch.split(memory, [shape.numel() for shape in shapes])
         made = [
             rule.direction(grid, part.view(shape)) for grid, part, shape in zip(grids, memories, shapes, strict=True)
         ]

@@ -46,7 +46,7 @@ def cloak_quality(original: UInt8[Tensor, "3 h w"], cloaked: UInt8[Tensor, "3 h 
     is seen on a screen, in a bounded amount of memory.
     """
     squares, largest = 0, 0
-    for before, after in zip(original.split(ROWS, dim=1), cloaked.split(ROWS, dim=1), strict=True):
+    for before, after in zip(torch.split(original, ROWS, 1), torch.split(cloaked, ROWS, 1), strict=True):
         difference = after.int() - before.int()
         squares += int(difference.square().sum())
         largest = max(largest, int(difference.abs().max()))

@@ -127,4 +127,9 @@ def deliver(original, change, budget, how):
     import numpy as np
 
     new = (original.numbers.astype(np.int16) + change).clip(0, 255).astype(np.uint8)
-    return Delivered(png(torch.from_numpy(new).permute(2, 0, 1)), ".png", int(np.abs(new.astype(np.int16) - original.numbers).max()), 0.0)
+    return Delivered(
+        png(torch.from_numpy(new).permute(2, 0, 1)),
+        ".png",
+        int(np.abs(new.astype(np.int16) - original.numbers).max()),
+        0.0,
+    )

@@ -204,6 +204,7 @@ def make_cloak(cloak: Cloak, fit: Fit) -> None:
     given = {
         **of_base_model(cloak.backbone, cloak.how),
         "model.budget": cloak.budget,
+        "model.parametrisation": "Square",  # the form in which figures are comparable, old ones and new
         "data.photos": cloak.folders.photos,
         "data.clean_photos": cloak.folders.clean_photos,
         "seed_everything": cloak.seed,

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from antidreambooth.attack.canvas import STEP, SquareCanvas, project
 from antidreambooth.attack.cost import counted
 from antidreambooth.attack.objectives import Denoising, Targeted, Transformed
-from antidreambooth.attack.canvas import STEP, SquareCanvas, project
 from antidreambooth.attack.perturbation import PGD, pixel_gradient
 from antidreambooth.attack.surrogates import Fixed
 from antidreambooth.attack.transforms import Crop, Flip

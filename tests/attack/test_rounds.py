@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import AdamW
 
-from antidreambooth.attack.objectives import Denoising
 from antidreambooth.attack.canvas import STEP, SquareCanvas
+from antidreambooth.attack.objectives import Denoising
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.attack.surrogates import Alternating

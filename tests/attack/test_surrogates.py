@@ -5,8 +5,8 @@ from copy import deepcopy
 import pytest
 import torch
 
-from antidreambooth.attack.cost import counted
 from antidreambooth.attack.canvas import STEP, SquareCanvas
+from antidreambooth.attack.cost import counted
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import alternate
 from antidreambooth.attack.surrogates import Fixed, Offloaded

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from antidreambooth import cloak
-from antidreambooth.attack.methods import METHODS
 from antidreambooth.attack.canvas import STEP
+from antidreambooth.attack.methods import METHODS
 from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.sampling import noise_of, sample
@@ -65,7 +65,7 @@ def test_a_round_moves_the_photos_within_the_budget_and_never_waits(load, device
     outcome = prepared.round()
     assert {tensor.device for tensor in (*outcome[:-1], *outcome.memory)} == {device}
     assert outcome.vital_signs.isfinite().all()
-    assert 0 < (outcome.state - prepared.originals).abs().max() <= 8 * STEP + 1e-6
+    assert 0 < (outcome.state - prepared.canvas.blank).abs().max() <= 8 * STEP + 1e-6
     assert outcome.state.abs().max() <= 1
     if name != "offload":  # whose models come and go
         assert not waits(prepared.round, device.type)  # what the first round has made stays

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch.optim import AdamW
 from torchvision.utils import save_image
 
-from antidreambooth.attack.objectives import Denoising
 from antidreambooth.attack.canvas import STEP
+from antidreambooth.attack.objectives import Denoising
 from antidreambooth.attack.perturbation import pixel_gradient
 from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.loading import load_backbone

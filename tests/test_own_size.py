@@ -1,0 +1,110 @@
+"""Photos come back at their own size: the whole way through the command line, with photos of several shapes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import antidreambooth
+from antidreambooth.attack.methods import Settings
+from antidreambooth.attack.parametrisation import Square
+from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
+from cli import main
+from lightning_modules import ASPL
+from tests.conftest import contents
+from tests.helpers import files, manifest, pixels, refused, start
+
+SIZES = {"a.png": (90, 60), "b.png": (40, 64), "c.png": (10, 12), "d.png": (64, 64)}  # width, height
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Smooth photos of several shapes, one of them smaller than the model's square of 16 pixels."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in SIZES.items():
+        Image.fromarray(rng.integers(30, 226, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC).save(
+            folder / name
+        )
+    return folder
+
+
+def changes(photos, cloaked):
+    """By name, how each value has changed."""
+    return {name: pixels(cloaked / name).astype(int) - pixels(photos / name) for name in SIZES}
+
+
+@pytest.mark.parametrize(
+    "config", ["aspl", *(pytest.param(c, marks=pytest.mark.slow) for c in ("fsmg", "e-aspl", "t-aspl"))]
+)
+def test_each_photo_comes_back_at_its_own_size_within_the_budget(command, photos, tmp_path, config):
+    main(command("--model.budget=6.5", config=config))
+    out = tmp_path / "out"
+    found = changes(photos, out / "cloaked")
+    for entry in manifest(out)["photos"]:
+        change = found[entry["source"]]
+        assert tuple(entry["size"]) == SIZES[entry["source"]] == change.shape[1::-1]
+        assert 0 < entry["largest_difference"] == abs(change).max() <= 6
+    assert manifest(out)["settings"]["model"]["parametrisation"]["class"] == "OwnSize"
+    assert pixels(out / "comparison.png").ndim == 3
+
+
+def test_the_same_command_gives_the_same_files_and_a_resumed_run_too(command, tmp_path, noted):
+    main(command(rounds=3, out="whole"))
+    main(command(rounds=3, out="again"))
+    assert contents(tmp_path / "whole" / "cloaked") == contents(tmp_path / "again" / "cloaked")
+    main(command(rounds=2))
+    numbers = noted(ASPL)
+    main(command("--ckpt_path=last", rounds=3))
+    assert numbers == [2]
+    first, second = (files(tmp_path / out) for out in ("whole", "out"))
+    assert {name: first[name] for name in SIZES} == {name: second[name] for name in SIZES}
+
+
+def test_a_program_gets_the_same_pixels(command, small_model, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda device: False)  # as the command's precision
+    main(command())
+    training = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))
+    given = [photos / "a.png", Image.open(photos / "b.png"), np.asarray(Image.open(photos / "c.png")), photos / "d.png"]
+    options = {"backbone": str(small_model), "rounds": 2, "device": "cpu"}
+    cloaked = antidreambooth.cloak(given, settings=Settings(training=training), **options)
+    for name, picture in zip(SIZES, cloaked, strict=True):
+        assert np.array_equal(np.asarray(picture), pixels(tmp_path / "out" / "cloaked" / name)), name
+    squares = antidreambooth.cloak(given, settings=Settings(training=training, parametrisation=Square()), **options)
+    assert [picture.size for picture in squares] == [(16, 16)] * 4
+
+
+def test_the_squares_of_before_are_a_setting(command, photos, tmp_path):
+    main(command("--model.parametrisation=Square"))
+    assert {picture.shape for picture in map(pixels, (tmp_path / "out" / "cloaked").iterdir())} == {(16, 16, 3)}
+
+
+def test_views_and_grid_are_settings_that_change_the_result_and_are_refused_on_resuming(command, tmp_path):
+    views = ["--model.parametrisation=OwnSize", "--model.parametrisation.views.close=0"]
+    main(command())
+    main(command(*views, out="whole views"))
+    assert files(tmp_path / "out")["a.png"] != files(tmp_path / "whole views")["a.png"]
+    refused(
+        command(*views, "--ckpt_path=last", rounds=3),
+        "the checkpoint was made with other settings",
+        "close",
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_the_same_grids(command, photos, tmp_path):
+    callback = "--trainer.callbacks+=tests.lightning_modules.rank_hashes.RankHashes"
+    process = start(command("--trainer.devices=2", "--trainer.strategy=ddp", callback))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    first, second = ((tmp_path / "out" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    for change in changes(photos, tmp_path / "out" / "cloaked").values():
+        assert 0 < abs(change).max() <= 8
+
+
+def test_a_photo_that_changes_under_way_is_not_delivered(command, photos, tmp_path):
+    arguments = command("--trainer.callbacks+=tests.changing_photo.ChangingPhoto")
+    refused(arguments, "a.png has changed since the run began", "start anew")
+    assert not (tmp_path / "out" / "cloaked").exists()
+    assert not (tmp_path / "out" / "manifest.json").exists()
