@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from antidreambooth.errors import InputError
+from antidreambooth.photos.decoding import Box
+from antidreambooth.photos.regions import detector, widened
 
 SIDES = (256, 512)  # the longer side in pixels that dlib looks for faces at: its detector needs faces of about 80
 
@@ -88,8 +91,15 @@ class Dlib(FaceModel):
         side = min(max(longest, SIDES[0]), SIDES[1])
         size = tuple(max(1, round(length * side / longest)) for length in image.shape[1:])
         scaled = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-        boxes = [_rectangle(box, longest / side) for box in _dlib().detector(_pixels(scaled))]
+        boxes = [_rectangle(box, longest / side) for box in detector()(_pixels(scaled))]
         return sorted((self._face(image, box) for box in boxes), key=lambda face: -face.area)
+
+    def face(self, image: UInt8[Tensor, "3 h w"], box: Box) -> Face:
+        """A face that ``face_boxes`` found: with its landmarks, which ``align`` needs."""
+        import dlib
+
+        left, top, right, bottom = box
+        return self._face(image, dlib.rectangle(left, top, right - 1, bottom - 1))  # its last pixels are inside
 
     def align(self, image: UInt8[Tensor, "3 h w"], face: Face) -> UInt8[Tensor, "3 150 150"]:
         """See ``FaceModel``."""
@@ -193,8 +203,34 @@ def reference(model: FaceModel, pictures: Sequence[tuple[str, Tensor]]) -> Float
     return torch.stack([model.embed(image, faces[0]) for _, image, faces in found if faces])
 
 
+def belonging(model: Dlib, picture: Image.Image, boxes: Sequence[Box], reference: Float[Tensor, "m 128"]) -> list[Box]:
+    """Which of a photo's faces the verifier takes for the person's, in the order given.
+
+    A face is the person's where its distance to any of the clean photos is below the threshold: a stranger's face that
+    is protected, too, does no harm, and the person's own that is left out does.
+
+    No objective may ask a face verifier, as the victim is judged by one. This is none: it chooses whom to protect, once
+    and before the attack, and no gradient comes from it.
+
+    Args:
+        model: of the embeddings.
+        picture: mode RGB, upright, in sRGB.
+        boxes: of its faces, as ``face_boxes`` finds them in it.
+        reference: embeddings of the person's clean photos, see ``reference``.
+    """
+    if not boxes:
+        return []
+    aligned = []
+    for left, top, right, bottom in boxes:
+        around = widened((left, top, right, bottom), 3, picture.size)  # dlib copies what it is given: not 48 megapixels
+        x, y = around[:2]
+        image = torch.from_numpy(np.array(picture.crop(around))).permute(2, 0, 1)
+        aligned.append(model.align(image, model.face(image, (left - x, top - y, right - x, bottom - y))))
+    nearest = model.distance(model.embed_aligned(torch.stack(aligned)), reference).amin(dim=1)
+    return [box for box, distance in zip(boxes, nearest.tolist(), strict=True) if distance < model.threshold]
+
+
 class _Dlib(NamedTuple):
-    detector: Any
     predictor: Any
     network: Any
     centre: Tensor
@@ -209,7 +245,6 @@ def _dlib() -> _Dlib:
     assert package.origin
     models = Path(package.origin).parent / "models"
     return _Dlib(
-        dlib.get_frontal_face_detector(),
         dlib.shape_predictor(str(models / "shape_predictor_5_face_landmarks.dat")),
         dlib.face_recognition_model_v1(str(models / "dlib_face_recognition_resnet_model_v1.dat")),
         load_file(Path(__file__).with_name("dlib_centre.safetensors"))["centre"],
