@@ -28,6 +28,7 @@ from antidreambooth.finetuning.dreambooth import PriorPreservation
 from antidreambooth.photos.decoding import Photo, to_float
 from antidreambooth.photos.delivery import Delivery
 from antidreambooth.photos.given import Picture, described
+from antidreambooth.photos.regions import Region
 from antidreambooth.provenance import person_in
 
 log = logging.getLogger("antidreambooth")
@@ -46,6 +47,7 @@ def cloak(
     rounds: int | None = None,
     resolution: int | None = None,
     device: str | torch.device | None = None,
+    region: Region = Region(),  # noqa: B008 (frozen)
     again: bool = False,
     progress: Progress = iter,
 ) -> list[Image.Image]:
@@ -74,6 +76,7 @@ def cloak(
         rounds: how many; the method's own number when not given.
         resolution: side in pixels of the squares that the model sees; what it was made for when not given.
         device: ``cpu``, ``cuda`` and so on; a GPU where there is one when not given.
+        region: where the photos may change, such as ``Region(widths=2.0)`` for faces alone: everywhere when not given.
         again: whether files may be given that a run of this project has cloaked, as a manifest near them says.
         progress: wraps the loop over rounds (and one over class images), such as ``tqdm.auto.tqdm``.
 
@@ -92,6 +95,8 @@ def cloak(
         raise InputError(f"budget is a number of 8-bit steps: got {budget!r}")
     if not isinstance(settings, Settings | None):
         raise InputError(f"settings are Settings(...) of antidreambooth.attack.methods: got {described(settings)}")
+    if not isinstance(region, Region) or region.faces == "person":
+        raise InputError("region is a Region(...) of antidreambooth.photos.regions, of all faces or the largest")
     if not callable(progress):
         raise InputError(f"progress wraps a loop, as tqdm.auto.tqdm does: got {described(progress)}")
     if not isinstance(ensemble, Iterable | Source | os.PathLike):
@@ -110,7 +115,7 @@ def cloak(
     prompts = [trained_prompt(source, assembly.settings) for source in names] if chosen.surrogate == "trained" else None
     take = assembly.settings.parametrisation.take
     with unaffected(where):
-        photos = take(images, "images", side, again)
+        photos = take(images, "images", side, again, region)
         others = photos if clean_images is None else take(clean_images, "clean_images", side, again)
         return _cloaked(photos, others, side, names, assembly, prompts, run, where, progress)
 

@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader
 from antidreambooth.attack.canvas import Canvas
 from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
 from antidreambooth.attack.rounds import Photos
-from antidreambooth.errors import require
+from antidreambooth.errors import InputError, require
+from antidreambooth.evaluation.faces import Dlib, belonging, reference
 from antidreambooth.photos.decoding import Photo
 from antidreambooth.photos.delivery import Delivery
-from antidreambooth.provenance import require_originals
+from antidreambooth.photos.regions import Person, Region
+from antidreambooth.provenance import describe, require_originals
 
 
 class Protection(LightningDataModule):
@@ -26,6 +28,7 @@ class Protection(LightningDataModule):
     Args:
         photos: folder (or single file) of photos to protect.
         clean_photos: folder of other photos of the same person, for reference; the originals themselves when not given.
+        region: where the photos may change: everywhere when not given.
         delivery: the format of the cloaked files, and what is kept in them.
         again: whether photos may be cloaked that a run of this project has cloaked already.
         resolution: side in pixels; taken from the model on the command line.
@@ -36,6 +39,7 @@ class Protection(LightningDataModule):
         self,
         photos: str = "examples/photos",
         clean_photos: str | None = None,
+        region: Region = Region(),  # noqa: B008 (frozen)
         delivery: Delivery = Delivery(),  # noqa: B008 (frozen)
         again: bool = False,
         resolution: int = 512,
@@ -44,7 +48,7 @@ class Protection(LightningDataModule):
         super().__init__()
         require("resolution", resolution, 1)
         self.source, self.clean_source, self.again, self.resolution = photos, clean_photos, again, resolution
-        self.delivery = delivery
+        self.region, self.delivery = region, delivery
         self.parametrisation = parametrisation or OwnSize()
         self.photos: list[Photo] = []
         self.clean: list[Photo] = []
@@ -54,11 +58,28 @@ class Protection(LightningDataModule):
         if self.photos:
             return
         load = self.parametrisation.load
-        self.photos = load(Path(self.source), self.resolution)
-        self.clean = load(Path(self.clean_source), self.resolution) if self.clean_source else self.photos
+        others = load(Path(self.clean_source), self.resolution) if self.clean_source else None
+        self.photos = load(Path(self.source), self.resolution, self.region, self._person(others))
+        self.clean = others or self.photos
         if not self.again:
             advice = "give the original, or cloak it once more with --data.again true"
             require_originals([(photo.path, photo.sha256) for photo in (*self.photos, *self.clean)], advice)
+
+    def _person(self, clean: list[Photo] | None) -> Person | None:
+        """Tells the person's faces by those of the clean photos, where the region is about them.
+
+        Raises:
+            InputError: there are no clean photos, or none with a face.
+        """
+        if self.region.faces != "person":
+            return None
+        if clean is None:
+            raise InputError(
+                "clean photos tell which faces are the person's: give --data.clean_photos FOLDER"
+            )
+        model = Dlib()
+        known = reference(model, [(photo.name, photo.pixels) for photo in clean])
+        return lambda picture, boxes: belonging(model, picture, boxes, known)
 
     def train_dataloader(self) -> DataLoader[Photos]:
         """One batch: what PGD moves, and what the surrogate learns from."""
@@ -81,4 +102,5 @@ class Protection(LightningDataModule):
         return {
             "photos": {photo.name: photo.sha256 for photo in self.photos},
             "clean_photos": {photo.name: photo.sha256 for photo in self.clean},
+            **({} if self.region == Region() else {"region": describe(self.region)}),
         }

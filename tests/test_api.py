@@ -142,7 +142,7 @@ def test_photos_are_not_held_at_their_own_size(run, tmp_path, monkeypatch):
         seen.append(weakref.ref(image))
         return square(image, side)
 
-    monkeypatch.setattr("antidreambooth.photos.given.square", watched)
+    monkeypatch.setattr("antidreambooth.photos.whole.square", watched)
     run([tmp_path / "a.png"] * 4)
     assert alive == [0, 0, 0, 0]
 

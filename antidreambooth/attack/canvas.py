@@ -15,14 +15,13 @@ from torch.nn.functional import interpolate
 
 from antidreambooth.attack.steps import StepRule
 from antidreambooth.diffusion.precision import full_precision
-from antidreambooth.diffusion.seeding import Turn, uniform
+from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError, require
 from antidreambooth.photos.decoding import Box, to_float
 from antidreambooth.photos.resampling import along
 from antidreambooth.photos.whole import Reduced
 
 STEP = 1 / 127.5  # one 8-bit step of a pixel, in [-1, 1]
-CROPS = 1  # the word of the random stream that crops are drawn from
 
 
 def project(
@@ -203,6 +202,7 @@ class OwnSizeCanvas(Canvas):
         sizes = [picture.numel() for picture in self.pictures]
         self.blank = torch.zeros(sum(sizes), device=self.device, dtype=torch.float32)
         self.sizes = sizes
+        self.allowed = self._allowed()
 
     def to(self, device: torch.device) -> OwnSizeCanvas:
         """The same on a device."""
@@ -215,11 +215,12 @@ class OwnSizeCanvas(Canvas):
 
     def project(self, state: Float[Tensor, " values"], radius: float) -> Float[Tensor, " values"]:
         """Each grid's values within ``radius``: enlarging takes means, so that no pixel changes by more."""
-        return state.clamp(-radius, radius)
+        within = state.clamp(-radius, radius)
+        return within if self.allowed is None else within * self.allowed
 
     def looks(self, turn: Turn, number: int) -> Looks:
         """A part of each photo; other ranks see other ones."""
-        numbers = uniform((len(self.photos), 4), turn.generator(torch.device("cpu"), CROPS, number)).tolist()
+        numbers = turn.numbers(number, len(self.photos), 4)
         close = self.views.is_close(number)
         parts = [self.views.part(p, close, drawn) for p, drawn in zip(self.photos, numbers, strict=True)]
         return [self.look(index, part) for index, part in enumerate(parts)]
@@ -282,6 +283,18 @@ class OwnSizeCanvas(Canvas):
             enlarged = interpolate(channel[None, None], (height, width), mode="bilinear")[0, 0]
             channels.append(enlarged.round_().clamp_(-steps, steps).to(torch.int16))
         return torch.stack(channels, dim=-1)
+
+    def _allowed(self) -> Float[Tensor, " values"] | None:
+        """1 where a value may change and 0 elsewhere; None where all may."""
+        if all(photo.allowed is None for photo in self.photos):
+            return None
+        parts = [
+            torch.ones(picture.numel(), dtype=torch.float32, device="cpu")
+            if photo.allowed is None
+            else photo.allowed.float().expand(picture.shape).flatten()
+            for photo, picture in zip(self.photos, self.pictures, strict=True)
+        ]
+        return torch.cat(parts).to(self.device)
 
     def _seen(self, grids: Sequence[Tensor], looks: Looks) -> Float[Tensor, "m 3 s s"]:
         """Each look's part of a photo, with the grid's change."""

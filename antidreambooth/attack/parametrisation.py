@@ -15,12 +15,15 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from antidreambooth.attack.canvas import Canvas, OwnSizeCanvas, SquareCanvas, Views
-from antidreambooth.errors import require
+from antidreambooth.errors import InputError, require
 from antidreambooth.photos.decoding import Box, Photo, find_photos, load_photos, square, to_float
 from antidreambooth.photos.delivery import Delivered, Delivery, deliver, png, require_change, to_8bit, unchanged
 from antidreambooth.photos.given import squares, wholes
 from antidreambooth.photos.original import read_original
-from antidreambooth.photos.whole import WholePhoto, whole_photo
+from antidreambooth.photos.regions import Person, Region
+from antidreambooth.photos.whole import Reading, WholePhoto, whole_photo
+
+ANYWHERE = Region()
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,21 @@ class Parametrisation(ABC):
     own_size: bool
 
     @abstractmethod
-    def load(self, source: Path, side: int) -> list[Photo]:
+    def load(self, source: Path, side: int, region: Region = ANYWHERE, person: Person | None = None) -> list[Photo]:
         """Photos of a folder, or the one photo, with what the canvas needs of them; one at a time at its own size.
 
         Args:
             source: the folder or file, see ``find_photos``.
             side: of the square that a model sees, in pixels.
+            region: where the photos may change.
+            person: tells which faces are the person's.
 
         Raises:
             InputError: There is no photo, or one that cannot be read or decoded.
         """
 
     @abstractmethod
-    def take(self, given: object, what: str, side: int, again: bool) -> list[Photo]:
+    def take(self, given: object, what: str, side: int, again: bool, region: Region = ANYWHERE) -> list[Photo]:
         """The same of photos that a program hands over, see ``squares``."""
 
     @abstractmethod
@@ -107,17 +112,33 @@ class Parametrisation(ABC):
         """
 
 
+def require_everywhere(region: Region) -> None:
+    """Refuses a region for squares, which are the published form and change everywhere.
+
+    Raises:
+        InputError: it names the fix.
+    """
+    if region != ANYWHERE:
+        raise InputError("only photos at their own size have a region: leave it out, or leave out Square")
+
+
 class Square(Parametrisation):
     """Each photo's centred square at the model's resolution, which is also what comes back: as published."""
 
     own_size = False
 
-    def load(self, source: Path, side: int) -> list[Photo]:
-        """The squares."""
+    def load(self, source: Path, side: int, region: Region = ANYWHERE, person: Person | None = None) -> list[Photo]:
+        """The squares, which may change everywhere.
+
+        Raises:
+            InputError: the region is another one.
+        """
+        require_everywhere(region)
         return load_photos(source, side)
 
-    def take(self, given: object, what: str, side: int, again: bool) -> list[Photo]:
+    def take(self, given: object, what: str, side: int, again: bool, region: Region = ANYWHERE) -> list[Photo]:
         """The squares."""
+        require_everywhere(region)
         return squares(given, what, side, again)
 
     def canvas(self, photos: Sequence[Photo], side: int) -> SquareCanvas:
@@ -169,13 +190,14 @@ class OwnSize(Parametrisation):
         finest = 1 / self.views.smallest_part(size, faces)
         return math.ceil(side * min(max(self.oversampling, finest), 2 * self.oversampling))
 
-    def load(self, source: Path, side: int) -> list[Photo]:
+    def load(self, source: Path, side: int, region: Region = ANYWHERE, person: Person | None = None) -> list[Photo]:
         """The photos at the size of their grids, with their faces."""
-        return [whole_photo(path, side, self.points) for path in find_photos(source)]
+        how, paths = Reading(side, self.points, region, person), find_photos(source)
+        return [whole_photo(path, how, mask) for path, mask in zip(paths, how.masks(paths), strict=True)]
 
-    def take(self, given: object, what: str, side: int, again: bool) -> list[Photo]:
+    def take(self, given: object, what: str, side: int, again: bool, region: Region = ANYWHERE) -> list[Photo]:
         """The photos at the size of their grids, with their faces."""
-        return [*wholes(given, what, side, again, self.points)]
+        return [*wholes(given, what, again, Reading(side, self.points, region))]
 
     def canvas(self, photos: Sequence[Photo], side: int) -> OwnSizeCanvas:
         """The grids."""
@@ -194,7 +216,10 @@ class OwnSize(Parametrisation):
         for index, photo in enumerate(photos):
             assert isinstance(photo, WholePhoto)
             original = photo.original()
-            file = deliver(original, canvas.change(state, index, budget).numpy(), budget, delivery)
+            change = canvas.change(state, index, budget).numpy()
+            if (allowed := photo.allowed()) is not None:
+                change[~allowed] = 0
+            file = deliver(original, change, budget, delivery)
             if not file.largest:
                 raise unchanged(photo.name)
             cloaked = read_original(file.data, photo.name)

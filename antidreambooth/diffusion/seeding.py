@@ -52,15 +52,23 @@ class Turn:
     ranks: int = 1
     rounds: int = 1
 
-    def generator(self, device: torch.device, *stream: int) -> torch.Generator:
-        """A fresh source of noise for this round.
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A fresh source of noise for this round."""
+        (word,) = np.random.SeedSequence([self.seed, self.rank, self.number]).generate_state(1, np.uint64)
+        return torch.Generator(device).manual_seed(int(word))
+
+    def numbers(self, step: int, rows: int, columns: int) -> list[list[float]]:
+        """Numbers in [0, 1) that the host has to know, for a step of this round.
 
         Args:
-            device: of the noise.
-            stream: numbers, the first of them not 0, that tell another source of the same round from the main one.
+            step: its number.
+            rows: of numbers.
+            columns: numbers in a row.
         """
-        (word,) = np.random.SeedSequence([self.seed, self.rank, self.number, *stream]).generate_state(1, np.uint64)
-        return torch.Generator(device).manual_seed(int(word))
+        # 1 keeps them apart from the noise: SeedSequence takes a shorter list as one that ends in zeros.
+        source = np.random.default_rng(np.random.SeedSequence([self.seed, self.rank, self.number, 1, step]))
+        drawn: list[list[float]] = source.random((rows, columns)).tolist()
+        return drawn
 
     def progress(self, share: float) -> float:
         """How much of the run is done, from 0 to 1, after ``share`` (0 to 1) of this round."""

@@ -17,7 +17,7 @@ from PIL import Image
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import Photo, decode, flatten, read, square
 from antidreambooth.photos.original import original_of, read_original
-from antidreambooth.photos.whole import Points, WholePhoto, whole
+from antidreambooth.photos.whole import Reading, WholePhoto, whole
 from antidreambooth.provenance import require_originals
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]  # an array is h w 3, in sRGB
@@ -44,15 +44,14 @@ def squares(given: object, what: str, side: int, again: bool) -> list[Photo]:
     return photos
 
 
-def wholes(given: object, what: str, side: int, again: bool, points: Points) -> list[WholePhoto]:
+def wholes(given: object, what: str, again: bool, how: Reading) -> list[WholePhoto]:
     """Photos that come back at their own size; of files the bytes are kept, and not the pixels.
 
     Args:
         given: what the caller calls photos; meant to be an iterable of ``Picture``.
         what: the caller's word for them, for messages.
-        side: of the square that a model sees, in pixels.
         again: whether files may be given that a run of this project has cloaked.
-        points: how fine the grids are.
+        how: what is kept of them.
 
     Raises:
         InputError: it is no list of photos, or one cannot be used; the message says which one.
@@ -60,7 +59,8 @@ def wholes(given: object, what: str, side: int, again: bool, points: Points) -> 
     photos = []
     for number, (name, one) in enumerate(_each(given, what, again)):
         opened = partial(read_original, one, name) if isinstance(one, bytes) else partial(original_of, one, name)
-        photos.append(whole(Path(), f"image {number}", "", opened, side, points))
+        (mask,) = how.masks([Path(name.rpartition(": ")[2] if isinstance(one, bytes) else f"image {number}")])
+        photos.append(whole(Path(), f"image {number}", "", opened, how, mask))
     return photos
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -47,6 +47,23 @@ class Region:
         require("widths", self.widths, 1)
         if self.widths is not None and self.mask is not None:
             raise InputError("widths and mask both say where a photo may change: give one of them")
+
+
+Person = Callable[[Image.Image, Sequence[Box]], list[Box]]  # which of a picture's faces are the person's
+
+
+def chosen(region: Region, picture: Image.Image, person: Person | None = None) -> tuple[Box, ...]:
+    """The faces of a photo that are protected.
+
+    Args:
+        region: what the user wants.
+        picture: the photo, as ``face_boxes`` wants it.
+        person: tells which faces are the person's; only asked where the region is about those.
+    """
+    boxes = face_boxes(picture)
+    if region.faces == "person" and person is not None:
+        boxes = person(picture, boxes)
+    return tuple(boxes[:1] if region.faces == "largest" else boxes)
 
 
 @cache
@@ -164,7 +181,7 @@ def mask_of(
         region: what the user wants.
         name: of the photo, for messages.
         size: its width and height, upright.
-        faces: those that ``face_boxes`` finds, of which only the person's when the region is about those.
+        faces: those that are protected, see ``chosen``.
         mask: the user's mask for this photo, see ``find_masks``.
 
     Raises:
@@ -179,7 +196,7 @@ def mask_of(
         warnings.warn(f"{whose} is found in {name}: the whole photo may change", stacklevel=2)
         return None
     allowed = np.zeros(size[::-1], np.bool_)
-    for face in faces[:1] if region.faces == "largest" else faces:
+    for face in faces:
         left, top, right, bottom = widened(face, region.widths, size)
         allowed[top:bottom, left:right] = True
     return allowed

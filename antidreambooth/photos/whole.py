@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import Box, Photo, read, square
 from antidreambooth.photos.original import Original, read_original
-from antidreambooth.photos.regions import face_boxes
+from antidreambooth.photos.regions import Person, Region, chosen, find_masks, mask_of
 from antidreambooth.photos.resampling import grid_size
 
 Points = Callable[[tuple[int, int], tuple[Box, ...], int], int]  # of size, faces and side: of a grid's short side
@@ -33,15 +33,23 @@ class Reduced:
         size: of the photo itself, width and height.
         faces: boxes of the faces that are protected, in the photo's own pixels.
         grey: whether the photo has one channel, so that its change must be the same in all three.
+        allowed: which points of the grid may change; all when not given.
     """
 
     picture: UInt8[Tensor, "3 rows columns"] = field(repr=False, compare=False)
     size: tuple[int, int]
     faces: tuple[Box, ...] = ()
     grey: bool = False
+    allowed: Bool[Tensor, "rows columns"] | None = field(default=None, repr=False, compare=False)
 
 
-def reduced(pixels: NDArray[np.uint8], points: int, faces: tuple[Box, ...] = (), grey: bool = False) -> Reduced:
+def reduced(
+    pixels: NDArray[np.uint8],
+    points: int,
+    faces: tuple[Box, ...] = (),
+    grey: bool = False,
+    allowed: NDArray[np.bool_] | None = None,
+) -> Reduced:
     """A photo at its grid's size.
 
     Args:
@@ -49,10 +57,16 @@ def reduced(pixels: NDArray[np.uint8], points: int, faces: tuple[Box, ...] = (),
         points: of the grid's short side, see ``grid_size``.
         faces: boxes in own pixels.
         grey: whether the photo has one channel.
+        allowed: h w, which pixels may change; a point of the grid may where any of its pixels may.
     """
     size = pixels.shape[1], pixels.shape[0]
-    small = Image.fromarray(pixels).resize(grid_size(size, points), Image.Resampling.LANCZOS)
-    return Reduced(torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous(), size, faces, grey)
+    grid = grid_size(size, points)
+    small = Image.fromarray(pixels).resize(grid, Image.Resampling.LANCZOS)
+    picture = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
+    if allowed is None:
+        return Reduced(picture, size, faces, grey)
+    share = Image.fromarray(allowed.astype(np.float32)).resize(grid, Image.Resampling.BOX)
+    return Reduced(picture, size, faces, grey, torch.from_numpy(np.array(share) > 0))
 
 
 @dataclass(frozen=True)
@@ -62,24 +76,51 @@ class WholePhoto(Photo):
     Args:
         at_grid: what the attack has of it.
         original: reads it once more, as photos are not kept in memory at their own size.
+        allowed: which pixels may change, h w; None for all.
     """
 
     at_grid: Reduced = field(repr=False, compare=False, kw_only=True)
     original: Callable[[], Original] = field(repr=False, compare=False, kw_only=True)
+    allowed: Callable[[], NDArray[np.bool_] | None] = field(repr=False, compare=False, kw_only=True)
 
 
-def whole_photo(path: Path, side: int, points: Points) -> WholePhoto:
+@dataclass(frozen=True)
+class Reading:
+    """How photos are read that come back at their own size.
+
+    Args:
+        side: of the square that a model sees, in pixels.
+        points: how fine their grids are.
+        region: where they may change.
+        person: tells which faces are the person's.
+    """
+
+    side: int
+    points: Points
+    region: Region = field(default_factory=Region)
+    person: Person | None = None
+
+    def masks(self, photos: Sequence[Path]) -> list[Path | None]:
+        """The user's mask for each photo.
+
+        Raises:
+            InputError: one is missing.
+        """
+        return [*find_masks(Path(self.region.mask), photos)] if self.region.mask else [None] * len(photos)
+
+
+def whole_photo(path: Path, how: Reading, mask: Path | None = None) -> WholePhoto:
     """A photo's file; see ``whole``.
 
     Raises:
         InputError: the file cannot be read or decoded.
     """
     sha256 = hashlib.sha256(read(path)).hexdigest()
-    return whole(path, path.name, sha256, partial(read_unchanged, path, sha256), side, points)
+    return whole(path, path.name, sha256, partial(read_unchanged, path, sha256), how, mask)
 
 
 def whole(
-    path: Path, name: str, sha256: str, original: Callable[[], Original], side: int, points: Points
+    path: Path, name: str, sha256: str, original: Callable[[], Original], how: Reading, mask: Path | None = None
 ) -> WholePhoto:
     """Reads a photo, and keeps what the attack needs of it.
 
@@ -88,18 +129,24 @@ def whole(
         name: what manifests and messages call it.
         sha256: of the file's bytes.
         original: reads the photo.
-        side: of the square that a model sees, in pixels.
-        points: how fine the grid is.
+        how: what is kept.
+        mask: the user's.
 
     Raises:
-        InputError: the photo cannot be read or decoded.
+        InputError: the photo or its mask cannot be read or decoded.
     """
     photo = original()
     looks = photo.looks()
-    faces = tuple(face_boxes(looks))
-    pixels, box = square(looks, side)
-    at_grid = reduced(photo.pixels(), points(photo.size, faces, side), faces, photo.numbers.shape[-1] == 1)
-    return WholePhoto(path, name, sha256, photo.size, box, pixels, at_grid=at_grid, original=original)
+    faces = chosen(how.region, looks, how.person)
+    pixels, box = square(looks, how.side)
+    allowed = mask_of(how.region, name, photo.size, faces, mask)
+    grey = photo.numbers.shape[-1] == 1
+    at_grid = reduced(photo.pixels(), how.points(photo.size, faces, how.side), faces, grey, allowed)
+    # The mask is made once more in the end, too: of a large photo it is large.
+    once_more = partial(mask_of, how.region, name, photo.size, faces, mask) if allowed is not None else lambda: None
+    return WholePhoto(
+        path, name, sha256, photo.size, box, pixels, at_grid=at_grid, original=original, allowed=once_more
+    )
 
 
 def read_unchanged(path: Path, sha256: str) -> Original:

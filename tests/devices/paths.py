@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from antidreambooth.attack.canvas import Canvas, SquareCanvas
+from antidreambooth.attack.canvas import Canvas, OwnSizeCanvas, SquareCanvas
 from antidreambooth.attack.methods import METHODS, Assembly, Lend, Settings, plain_weights
 from antidreambooth.attack.objectives import Targeted, Transformed
+from antidreambooth.attack.parametrisation import OwnSize, Square
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import Outcome, alternate
 from antidreambooth.attack.steps import Momentum, NormalizedL2, Sign
@@ -23,12 +24,14 @@ from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.finetuning import Adaptation, Full, LoRA, TextualInversion
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation, dreambooth_loss
 from antidreambooth.photos.decoding import to_float
+from antidreambooth.photos.whole import Reduced
 from tests.conftest import random_images
 
 PROMPT = "a photo of sks person"
 RATE = 1e-3
 TRAINING = DreamBooth(learning_rate=RATE, steps=1, batch_size=2, prior=PriorPreservation(weight=0.5, images=4))
-ROUND = Settings(pgd_steps=1, micro_batch=2, training=TRAINING)
+ROUND = Settings(pgd_steps=1, micro_batch=2, training=TRAINING, parametrisation=Square())
+OWN = replace(ROUND, parametrisation=OwnSize(), pgd_steps=2)  # a whole view and a part
 BOTH = Transformed([Flip(), Crop()])
 CHECKPOINTED = replace(TRAINING, gradient_checkpointing=True)
 
@@ -44,9 +47,12 @@ ROUNDS: dict[str, tuple[str, Settings]] = {  # each method as it is, and what a 
     "textual inversion": ("aspl", replace(ROUND, adaptation=TextualInversion())),
     "checkpointing": ("aspl", replace(ROUND, training=CHECKPOINTED)),
     "offload": ("e-aspl", replace(ROUND, offload=True)),
+    "own size": ("aspl", OWN),
+    "own size of several": ("e-aspl", OWN),
+    "own size, momentum": ("advdm", replace(OWN, step_rule=Momentum(random_start=True))),
     "no prior": ("aspl", replace(ROUND, training=replace(TRAINING, prior=PriorPreservation(weight=0.0)))),
 }
-QUICK = ("aspl", "t-aspl", "advdm", "momentum", "l2", "transformed", "lora", "textual inversion")
+QUICK = ("aspl", "t-aspl", "advdm", "momentum", "l2", "transformed", "lora", "textual inversion", "own size")
 EACH = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ROUNDS]
 VICTIMS: dict[str, tuple[Callable[[], Adaptation], bool]] = {  # what learns, and whether the text encoder does
     "full": (Full, True),
@@ -75,6 +81,16 @@ class Ready(NamedTuple):
         return alternate(*self)
 
 
+def canvas_of(settings: Settings, device: torch.device, seed: int = 0) -> Canvas:
+    """Three photos as the settings want them: of one size, or of three with a face, a mask, and without colour."""
+    if isinstance(settings.parametrisation, Square):
+        return SquareCanvas(photos(3, device, seed))
+    wide, grey, masked = random_images(3, 32, seed)
+    allowed = torch.arange(32 * 32, device="cpu").view(32, 32) % 3 > 0
+    reduced = [Reduced(wide[:, :24], (400, 300), ((100, 50, 180, 130),)), Reduced(grey, (90, 90), grey=True)]
+    return OwnSizeCanvas([*reduced, Reduced(masked, (32, 32), allowed=allowed)], 16).to(device)
+
+
 def ready(name: str, models: Sequence[Backbone], device: torch.device, lend: Lend = plain_weights) -> Ready:
     """One of ``ROUNDS`` on loaded models, before its first round."""
     method, settings = ROUNDS[name]
@@ -84,10 +100,10 @@ def ready(name: str, models: Sequence[Backbone], device: torch.device, lend: Len
         return backbone.encode_all(photos(3, device, seed=2), 2)
 
     assembly.adopt(models if assembly.method.several else models[:1], class_latents, seed=0)
-    originals = photos(3, device)
-    surrogates = assembly.surrogates(originals, photos(2, device, seed=1), lend)
-    canvas = SquareCanvas(originals)
-    state = originals + assembly.attack.start(canvas, 0)
+    canvas = canvas_of(settings, device)
+    clean = canvas_of(settings, device, seed=1)
+    surrogates = assembly.surrogates(canvas.images(canvas.blank), clean.lessons(clean.blank), lend)
+    state = canvas.blank + assembly.attack.start(canvas, 0)
     return Ready(surrogates, canvas, state, assembly.attack, Turn(0, rounds=2))
 
 

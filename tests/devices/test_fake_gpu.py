@@ -48,6 +48,9 @@ COPIES = {
     "textual inversion": 2,
     "checkpointing": 2,
     "offload": 6,  # with the norm of each model's weights; the models themselves are counted apart
+    "own size": 2,
+    "own size of several": 4,
+    "own size, momentum": 1,
     "no prior": 1,
 }
 
@@ -212,7 +215,7 @@ def test_a_notebook_cloaks_on_the_device_and_gets_pixels_on_the_cpu(models, smal
         patch("antidreambooth.api.load_backbone", lambda _: empty_on(left.pop(0), CPU)),
         patch("antidreambooth.api.plain_weights", lend),
         patch("antidreambooth.api.class_images", lambda *_, **__: random_images(3, seed=2)),
-        patch("antidreambooth.api.to_8bit", to_8bit),
+        patch("antidreambooth.attack.parametrisation.to_8bit", to_8bit),
         fake_gpu() as traffic,
         pytest.raises(Delivered),
     ):
