@@ -20,7 +20,7 @@ from antidreambooth.files import replacing, write_atomically, write_json
 from antidreambooth.photos.decoding import Photo
 from antidreambooth.photos.delivery import cloaked_names, write_png
 from antidreambooth.photos.whole import WholePhoto
-from antidreambooth.provenance import MANIFEST, read_manifest, versions
+from antidreambooth.provenance import MANIFEST, describe, read_manifest, versions
 from callbacks.comparison import comparison
 from callbacks.disk_space import for_all_ranks, require_room, require_writable
 from callbacks.show import show
@@ -115,7 +115,8 @@ class CloakedPhotos(Callback):
                 **record["settings"],
                 "max_epochs": trainer.max_epochs,
                 "ranks": trainer.world_size,
-                "clean_photos": record["clean_photos"],
+                **{name: record[name] for name in ("clean_photos", "region") if name in record},
+                "delivery": describe(data.delivery),
             },
             "versions": versions(),
             "threads": torch.get_num_threads(),
@@ -148,4 +149,4 @@ def described(one: Finished) -> dict[str, Any]:
     size = {"size": [one.after.shape[1], one.after.shape[0]]}
     figures = {**cloak_quality(before, after), "largest_difference": one.file.largest}
     over = {"over_budget": round(one.file.over, 5)} if one.file.over else {}
-    return {**size, **figures, **over, **({"removed": list(one.removed)} if one.removed else {})}
+    return {**size, **figures, **over, **({"removed": list(one.file.removed)} if one.file.removed else {})}

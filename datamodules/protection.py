@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.faces import Dlib, belonging, reference
 from antidreambooth.photos.decoding import Photo
 from antidreambooth.photos.delivery import Delivery
-from antidreambooth.photos.regions import Person, Region
+from antidreambooth.photos.regions import Person, Region, find_masks
 from antidreambooth.provenance import describe, require_originals
 
 
@@ -74,9 +75,7 @@ class Protection(LightningDataModule):
         if self.region.faces != "person":
             return None
         if clean is None:
-            raise InputError(
-                "clean photos tell which faces are the person's: give --data.clean_photos FOLDER"
-            )
+            raise InputError("clean photos tell which faces are the person's: give --data.clean_photos FOLDER")
         model = Dlib()
         known = reference(model, [(photo.name, photo.pixels) for photo in clean])
         return lambda picture, boxes: belonging(model, picture, boxes, known)
@@ -102,5 +101,12 @@ class Protection(LightningDataModule):
         return {
             "photos": {photo.name: photo.sha256 for photo in self.photos},
             "clean_photos": {photo.name: photo.sha256 for photo in self.clean},
-            **({} if self.region == Region() else {"region": describe(self.region)}),
+            **({} if self.region == Region() else {"region": {**describe(self.region), "masks": self._masks()}}),
         }
+
+    def _masks(self) -> list[str]:
+        """SHA-256 of the user's masks."""
+        if self.region.mask is None:
+            return []
+        masks = find_masks(Path(self.region.mask), [photo.path for photo in self.photos])
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in masks]

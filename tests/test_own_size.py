@@ -1,8 +1,10 @@
 """Photos come back at their own size: the whole way through the command line, with photos of several shapes."""
 
+from typing import Any
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
 
 import antidreambooth
 from antidreambooth.attack.methods import Settings
@@ -66,7 +68,7 @@ def test_a_program_gets_the_same_pixels(command, small_model, photos, tmp_path, 
     main(command())
     training = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))
     given = [photos / "a.png", Image.open(photos / "b.png"), np.asarray(Image.open(photos / "c.png")), photos / "d.png"]
-    options = {"backbone": str(small_model), "rounds": 2, "device": "cpu"}
+    options: dict[str, Any] = {"backbone": str(small_model), "rounds": 2, "device": "cpu"}
     cloaked = antidreambooth.cloak(given, settings=Settings(training=training), **options)
     for name, picture in zip(SIZES, cloaked, strict=True):
         assert np.array_equal(np.asarray(picture), pixels(tmp_path / "out" / "cloaked" / name)), name
@@ -108,3 +110,57 @@ def test_a_photo_that_changes_under_way_is_not_delivered(command, photos, tmp_pa
     refused(arguments, "a.png has changed since the run began", "start anew")
     assert not (tmp_path / "out" / "cloaked").exists()
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_phones_photo_comes_back_upright_with_its_profile_and_without_its_place(command, photos, tmp_path):
+    for path in photos.iterdir():
+        path.unlink()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Model] = "Phone 9"
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSMapDatum] = "WGS-84"
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    rng = np.random.default_rng(1)
+    stored = Image.fromarray(rng.integers(60, 196, (5, 7, 3), np.uint8)).resize((70, 50), Image.Resampling.BICUBIC)
+    stored.save(photos / "IMG_1.JPG", quality=95, exif=exif, icc_profile=srgb)
+    transparent = rng.integers(0, 256, (40, 40, 4), np.uint8)
+    transparent[:20, ..., 3] = 0
+    Image.fromarray(transparent).save(photos / "clear.png")
+    grey = Image.fromarray(rng.integers(60, 196, (6, 6), np.uint8)).resize((48, 48), Image.Resampling.BICUBIC)
+    grey.save(photos / "grey.tif")
+    main(command())
+    out = tmp_path / "out" / "cloaked"
+    assert {path.name for path in out.iterdir()} == {"IMG_1.png", "clear.png", "grey.tif"}
+    with Image.open(out / "IMG_1.png") as image, Image.open(photos / "IMG_1.JPG") as before:
+        assert image.size == (50, 70)
+        assert image.info["icc_profile"] == before.info["icc_profile"]
+        assert image.getexif()[ExifTags.Base.Model] == "Phone 9"
+        assert image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        assert not image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
+        upright = np.asarray(before.transpose(Image.Transpose.ROTATE_270)).astype(int)
+        assert 0 < abs(np.asarray(image).astype(int) - upright).max() <= 8
+    change = pixels(out / "clear.png").astype(int) - transparent
+    assert not change[:20].any()
+    assert not change[..., 3].any()
+    assert change[20:].any()
+    with Image.open(out / "grey.tif") as image:
+        assert image.mode == "L"
+        assert 0 < abs(np.asarray(image).astype(int) - np.asarray(grey)).max() <= 8
+    removed = {entry["source"]: entry.get("removed") for entry in manifest(tmp_path / "out")["photos"]}
+    assert "the location" in removed["IMG_1.JPG"]
+    assert removed["grey.tif"] is None
+
+
+def test_outside_the_region_not_one_bit_changes(command, photos, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for name, (width, height) in SIZES.items():
+        allowed = np.zeros((height, width), np.uint8)
+        allowed[: height // 2, width // 3 :] = 255
+        Image.fromarray(allowed).save(masks / name)
+    main(command(f"--data.region.mask={masks}"))
+    for name, change in changes(photos, tmp_path / "out" / "cloaked").items():
+        allowed = pixels(masks / name) > 0
+        assert not change[~allowed].any()
+        assert 0 < abs(change[allowed]).max() <= 8
+    assert manifest(tmp_path / "out")["settings"]["region"]["mask"] == str(masks)

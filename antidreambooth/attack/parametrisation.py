@@ -17,7 +17,7 @@ from torch import Tensor
 from antidreambooth.attack.canvas import Canvas, OwnSizeCanvas, SquareCanvas, Views
 from antidreambooth.errors import InputError, require
 from antidreambooth.photos.decoding import Box, Photo, find_photos, load_photos, square, to_float
-from antidreambooth.photos.delivery import Delivered, Delivery, deliver, png, require_change, to_8bit, unchanged
+from antidreambooth.photos.delivery import Delivered, Delivery, deliver, png, require_change, to_8bit, unchanged_photo
 from antidreambooth.photos.given import squares, wholes
 from antidreambooth.photos.original import read_original
 from antidreambooth.photos.regions import Person, Region
@@ -36,7 +36,6 @@ class Finished:
         after: the same of the file.
         seen_before: the photo's square as people see it.
         seen_after: the same of the file.
-        removed: what of the photo's file is not in the new one, in words.
     """
 
     file: Delivered
@@ -44,7 +43,6 @@ class Finished:
     after: UInt8[np.ndarray, "h w 3"]
     seen_before: UInt8[Tensor, "3 s s"]
     seen_after: UInt8[Tensor, "3 s s"]
-    removed: tuple[str, ...] = ()
 
 
 class Parametrisation(ABC):
@@ -161,7 +159,7 @@ class Square(Parametrisation):
         for before, after in zip(originals, cloaked, strict=True):
             first, second = (one.permute(1, 2, 0).numpy() for one in (before, after))
             largest = int(np.abs(second.astype(np.int16) - first).max())
-            yield Finished(Delivered(png(after), ".png", largest, 0.0), first, second, before, after)
+            yield Finished(Delivered(png(after), ".png", largest, 0.0, ()), first, second, before, after)
 
 
 class OwnSize(Parametrisation):
@@ -221,7 +219,7 @@ class OwnSize(Parametrisation):
                 change[~allowed] = 0
             file = deliver(original, change, budget, delivery)
             if not file.largest:
-                raise unchanged(photo.name)
+                raise unchanged_photo(photo.name)
             cloaked = read_original(file.data, photo.name)
             seen, _ = square(cloaked.looks(), canvas.side)
-            yield Finished(file, original.pixels(), cloaked.pixels(), photo.pixels, seen, original.removed)
+            yield Finished(file, original.pixels(), cloaked.pixels(), photo.pixels, seen)

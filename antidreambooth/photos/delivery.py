@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float, Integer, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -70,7 +70,7 @@ class Delivered:
     removed: tuple[str, ...]  # what the original's file holds and this does not, in plain words
 
 
-def deliver(original: Original, change: Int8[np.ndarray, "h w 3"], budget: float, how: Delivery) -> Delivered:
+def deliver(original: Original, change: Integer[np.ndarray, "h w 3"], budget: float, how: Delivery) -> Delivered:
     """Writes a photo with its change, and reads it back.
 
     A number of 16 bits changes by 256 for each step; nothing changes where alpha is 0; grey changes by the mean of the
@@ -167,10 +167,22 @@ def require_change(
     same = (originals == cloaked).flatten(1).all(dim=1).tolist()
     for name, unchanged in zip(names, same, strict=True):
         if unchanged:
-            raise InputError(
-                f"no pixel of {name} has changed, so nothing is delivered as cloaked: use more rounds, a larger step "
-                "size or a larger budget"
-            )
+            raise unchanged_photo(name)
+
+
+def unchanged_photo(name: str) -> InputError:
+    """The error that ends a run which would deliver a photo as cloaked of which no pixel has changed."""
+    return InputError(
+        f"no pixel of {name} has changed, so nothing is delivered as cloaked: use more rounds, a larger step size or a "
+        "larger budget"
+    )
+
+
+def png(pixels: UInt8[Tensor, "3 h w"]) -> bytes:
+    """Pixels as a PNG file; the same pixels give the same bytes."""
+    buffer = BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def write_png(path: Path, pixels: UInt8[Tensor, "3 h w"]) -> str:
@@ -179,10 +191,9 @@ def write_png(path: Path, pixels: UInt8[Tensor, "3 h w"]) -> str:
     Returns:
         SHA-256 of the file.
     """
-    buffer = BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
-    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+    data = png(pixels)
+    write_atomically(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _metadata(original: Original, how: Delivery, kind: str, lies: int) -> Metadata:

@@ -68,7 +68,7 @@ def chosen(region: Region, picture: Image.Image, person: Person | None = None) -
 
 @cache
 def detector() -> Any:
-    """dlib's frontal face detector (HOG), the only one of the process; takes an array of h w 3 in 8 bits."""
+    """Dlib's frontal face detector (HOG), the only one of the process; takes an array of h w 3 in 8 bits."""
     import dlib  # here, as it takes a while
 
     return dlib.get_frontal_face_detector()
