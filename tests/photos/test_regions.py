@@ -45,9 +45,8 @@ def framed(*pasted, size=(1500, 2000)):
 
 def overlap(box, other):
     """Area of what two boxes share over the area of both together; dlib's sizes go in steps of a fifth."""
-    left, top, right, bottom = (
-        pick(pair) for pick, pair in zip((max, max, min, min), zip(box, other, strict=True), strict=True)
-    )
+    pairs = zip(box, other, strict=True)
+    left, top, right, bottom = (pick(pair) for pick, pair in zip((max, max, min, min), pairs, strict=True))
     shared = max(0, right - left) * max(0, bottom - top)
     return shared / (sum((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)) - shared)
 
