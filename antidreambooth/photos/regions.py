@@ -171,6 +171,7 @@ def mask_of(
     Raises:
         InputError: the mask cannot be used, see ``read_mask``.
     """
+    assert (mask is None) == (region.mask is None), "a mask that the user gave is never left out"
     if mask is not None:
         return read_mask(mask, name, size)
     if region.widths is None:

@@ -165,6 +165,11 @@ def test_the_whole_photo_unless_asked():
     assert mask_of(Region(), "a.jpg", (100, 80), [(10, 10, 30, 30)]) is None
 
 
+def test_a_mask_of_the_users_is_never_forgotten(masks):
+    with pytest.raises(AssertionError, match=r"^a mask that the user gave is never left out$"):
+        mask_of(Region(mask=str(masks)), "a.jpg", SIZE, [(10, 10, 20, 20)])
+
+
 def test_nothing_but_the_squares_may_change():
     boxes = [(60, 30, 80, 50), (10, 10, 20, 20)]
     allowed = mask_of(Region(widths=2.0), "a.jpg", (100, 80), boxes)
@@ -248,6 +253,7 @@ def test_a_mask_with_nothing_white_or_no_picture_is_named(tmp_path):
     grey = saved(tmp_path, Image.new("L", SIZE, 127))
     with pytest.raises(InputError, match=r"^nothing in the mask mask\.png is white, so nothing of a\.jpg may change: "):
         read_mask(grey, "a.jpg", SIZE)
+    assert read_mask(saved(tmp_path, Image.new("L", SIZE, 128)), "a.jpg", SIZE).all()
     (tmp_path / "text.png").write_text("white")
     with pytest.raises(InputError, match=r"^the mask text\.png cannot be decoded: "):
         read_mask(tmp_path / "text.png", "a.jpg", SIZE)
