@@ -206,8 +206,8 @@ def reference(model: FaceModel, pictures: Sequence[tuple[str, Tensor]]) -> Float
 def belonging(model: Dlib, picture: Image.Image, boxes: Sequence[Box], reference: Float[Tensor, "m 128"]) -> list[Box]:
     """Which of a photo's faces the verifier takes for the person's, in the order given.
 
-    A face is the person's where its distance to any of the clean photos is below the threshold: a stranger's face that
-    is protected, too, does no harm, and the person's own that is left out does.
+    As for the measures, a face is the person's where the median of its distances to the clean photos is below the
+    threshold; the nearest one alone would be a stranger's, where a clean photo shows one in front of the person.
 
     No objective may ask a face verifier, as the victim is judged by one. This is none: it chooses whom to protect, once
     and before the attack, and no gradient comes from it.
@@ -222,12 +222,12 @@ def belonging(model: Dlib, picture: Image.Image, boxes: Sequence[Box], reference
         return []
     aligned = []
     for left, top, right, bottom in boxes:
-        around = widened((left, top, right, bottom), 3, picture.size)  # dlib copies what it is given: not 48 megapixels
+        around = widened((left, top, right, bottom), 3.0, picture.size)  # dlib copies all it is given
         x, y = around[:2]
         image = torch.from_numpy(np.array(picture.crop(around))).permute(2, 0, 1)
         aligned.append(model.align(image, model.face(image, (left - x, top - y, right - x, bottom - y))))
-    nearest = model.distance(model.embed_aligned(torch.stack(aligned)), reference).amin(dim=1)
-    return [box for box, distance in zip(boxes, nearest.tolist(), strict=True) if distance < model.threshold]
+    distances = model.distance(model.embed_aligned(torch.stack(aligned)), reference).quantile(0.5, dim=1)
+    return [box for box, distance in zip(boxes, distances.tolist(), strict=True) if distance < model.threshold]
 
 
 class _Dlib(NamedTuple):

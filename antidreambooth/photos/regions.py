@@ -77,15 +77,16 @@ def detector() -> Any:
 def face_boxes(picture: Image.Image) -> list[Box]:
     """Where the faces of a picture are, in its own pixels, the largest first; may reach over its edge.
 
-    Looks at the first of ``SIDES`` and, where nothing is found, at the next one, which finds smaller faces.
+    Looks at both of ``SIDES``: the smaller one takes .05 s and finds the face of a portrait, the larger one .2 s and
+    finds the faces of people further away, who may be there beside it.
 
     Args:
         picture: mode RGB, upright, in sRGB. A face that lies on its side is not found.
     """
+    found: list[Box] = []
     for side in dict.fromkeys(min(side, ENLARGED * max(picture.size)) for side in SIDES):
-        if found := faces_at(picture, side):
-            return sorted(found, key=lambda box: box[0] - box[2])
-    return []
+        found += [box for box in faces_at(picture, side) if not any(_centred(box, other) for other in found)]
+    return sorted(found, key=lambda box: box[0] - box[2])
 
 
 def faces_at(picture: Image.Image, side: int) -> list[Box]:
@@ -187,6 +188,7 @@ def mask_of(
     Raises:
         InputError: the mask cannot be used, see ``read_mask``.
     """
+    assert (mask is None) == (region.mask is None), "a mask that the user gave is never left out"
     if mask is not None:
         return read_mask(mask, name, size)
     if region.widths is None:
@@ -200,6 +202,12 @@ def mask_of(
         left, top, right, bottom = widened(face, region.widths, size)
         allowed[top:bottom, left:right] = True
     return allowed
+
+
+def _centred(box: Box, other: Box) -> bool:
+    """Whether the centre of a box lies in another one: two boxes of one face."""
+    left, top, right, bottom = other
+    return left <= (box[0] + box[2]) / 2 < right and top <= (box[1] + box[3]) / 2 < bottom
 
 
 def _see_through(data: bytes) -> bool:

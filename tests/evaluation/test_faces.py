@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation import faces
-from antidreambooth.evaluation.faces import Dlib, UniFace, find, reference
+from antidreambooth.evaluation.faces import Dlib, UniFace, belonging, find, reference
 from antidreambooth.photos.decoding import load_photos
 from antidreambooth.photos.formats import SUFFIXES
+from antidreambooth.photos.regions import face_boxes
 from tests.conftest import ROOT, random_images
 
 PEOPLE = os.environ.get("ANTIDREAMBOOTH_PEOPLE")  # a folder of people, each a folder of their photos
@@ -90,6 +92,34 @@ def test_same_picture_same_embedding_from_a_copy(shipped):
     again = [pickle.loads(pickle.dumps(Dlib())), copy.deepcopy(Dlib())]
     first, *others = (reference(model, shipped[0]) for model in [Dlib(), *again])
     assert all(torch.equal(first, other) for other in others)
+
+
+def test_the_persons_face_is_told_from_a_strangers(shipped):
+    model, picture = Dlib(), Image.new("RGB", (1200, 900), (90, 110, 130))
+    stranger, person = (Image.open(ROOT / "examples" / name) for name in ("other/biden-1.jpg", "photos/obama-3.jpg"))
+    picture.paste(stranger.resize((800, 800)), (400, 0))
+    picture.paste(person.resize((300, 300)), (0, 600))  # reaches into the corner
+    large, small = face_boxes(picture)
+    clean = reference(model, shipped[0][:2])
+    assert belonging(model, picture, [large, small], clean) == [small]
+    assert belonging(model, picture, [small, large, small], clean) == [small, small]
+    assert belonging(model, picture, [large, small], reference(model, shipped[1])) == [large]
+    assert belonging(model, picture, [], clean) == []
+
+
+def test_a_stranger_in_one_clean_photo_is_not_taken_for_the_person(shipped):
+    model, stranger = Dlib(), Image.open(ROOT / "examples" / "other" / "biden-1.jpg")
+    clean = reference(model, [*shipped[0][:2], *shipped[1]])  # in whose photo the stranger is in front
+    assert belonging(model, stranger, face_boxes(stranger), clean) == []
+
+
+def test_a_face_whose_place_is_known_is_embedded_like_one_that_is_found():
+    (photo,) = load_photos(ROOT / "examples" / "other", 512)
+    (found,) = Dlib().faces(photo.pixels)
+    left, top, right, bottom = map(int, found.box)
+    again = Dlib().face(photo.pixels, (left, top, right + 1, bottom + 1))
+    assert again.box == found.box
+    assert torch.equal(again.landmarks, found.landmarks)
 
 
 def test_photos_without_face_are_named(shipped):
