@@ -655,7 +655,7 @@ def test_what_decoders_say_of_a_photo_is_one_line(monkeypatch, place, error):
 @pytest.mark.parametrize(
     "bug", [b for b in BUGS if not isinstance(b, RuntimeError)], ids=lambda bug: type(bug).__name__
 )
-@pytest.mark.parametrize("place", ["Image.open", "_separate", "_to_srgb"])
+@pytest.mark.parametrize("place", ["Image.open", "separate", "to_srgb"])
 def test_a_bug_in_decoding_keeps_its_traceback(monkeypatch, place, bug):
     monkeypatch.setattr(f"antidreambooth.photos.decoding.{place}", raising(bug))
     with pytest.raises(type(bug)) as raised:
@@ -665,7 +665,7 @@ def test_a_bug_in_decoding_keeps_its_traceback(monkeypatch, place, bug):
 
 @pytest.mark.parametrize("bug", [ValueError("ours"), OSError("ours"), RuntimeError("ours")])
 def test_what_is_done_with_decoded_pixels_is_ours(monkeypatch, bug):
-    monkeypatch.setattr(decoding, "_separate", raising(bug))
+    monkeypatch.setattr(decoding, "separate", raising(bug))
     with pytest.raises(type(bug), match="ours"):
         decode(picture(), "a.png")
 
