@@ -15,7 +15,7 @@ from antidreambooth.photos import exif, sixteen
 from antidreambooth.photos.metadata import Metadata
 from antidreambooth.photos.original import ROWS, Alpha, Numbers
 
-LEVEL = 4  # of zlib, for PNG and TIFF: a third of the time of 6, and files 3 % larger
+LEVEL = 4  # of zlib, for PNG and TIFF; 6 takes three times as long for 16 bits, and files are 3 % smaller
 
 # Longest side that a format can hold, in pixels; what no format of theirs holds becomes PNG.
 LONGEST = {"WEBP": 16383, "JPEG": 65535}
