@@ -55,8 +55,11 @@ def _png(content: Content) -> bytes:
         plain = sixteen.png(np.atleast_3d(content.pixels), LEVEL)
     else:
         plain = _saved(content, "PNG", compress_level=LEVEL)
-    head = 8 + 25  # signature and IHDR, which comes first (PNG 3, section 5.6)
-    return b"".join([plain[:head], content.chunks, *_beside(content), plain[head:]])
+    head, pixels = (
+        8 + 25,
+        plain.index(b"IDAT") - 4,
+    )  # signature and IHDR (PNG 3, section 5.6); libvips adds a resolution
+    return b"".join([plain[:head], content.chunks, *_beside(content), plain[pixels:]])
 
 
 def _beside(content: Content) -> Iterator[bytes]:

@@ -289,7 +289,8 @@ def test_more_than_8_bits_that_are_read_as_8_are_named():
     )
     assert data != premultiplied
     original = read_original(premultiplied, "x")
-    assert (original.numbers.dtype, original.removed) == (np.uint8, lost)
+    assert original.numbers.dtype == np.uint8
+    assert original.removed == lost
     import pillow_heif
 
     deep_heic = BytesIO()
