@@ -41,7 +41,7 @@ def metadata_of(image: Image.Image, data: bytes) -> tuple[Metadata, Metadata]:
     block = _exif_of(image, data)
     xmp, iptc = _xmp_of(image, block), _iptc_of(image, block)
     others = [*_other_pictures(image, data)]
-    texts = _has_texts(image, data)
+    texts = _texts_of(image, data)
     words = [*(exif.removed(block) if block else ()), *others]
     words += ["XMP metadata"] * (xmp is not None) + ["IPTC metadata"] * (iptc is not None) + texts
     default = Metadata(exif=_serialised(exif.kept(block)) if block else None, removed=_once(words))
@@ -110,10 +110,11 @@ def _other_pictures(image: Image.Image, data: bytes) -> Iterator[str]:
         yield "content credentials (C2PA)"
 
 
-def _has_texts(image: Image.Image, data: bytes) -> list[str]:
+def _texts_of(image: Image.Image, data: bytes) -> list[str]:
     texts = [whole for kind, whole in _chunks(data) if kind in _TEXTS]
     own = [text for text in texts if b"XML:com.adobe.xmp" not in bytes(text[:40])]
-    return ["comments"] if own or image.info.get("comment") else []
+    comment = image.format != "JPEG2000" and image.info.get("comment")  # there, it is the name of the encoder
+    return ["texts in the file"] if own or comment else []
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:

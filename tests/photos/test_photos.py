@@ -1,12 +1,10 @@
 import hashlib
-import itertools
 import math
 import os
 import re
 import struct
 import unicodedata
 import zlib
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, TiffImagePlugin, features
+from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, features
 
 from antidreambooth.errors import InputError
 from antidreambooth.files import write_atomically
@@ -24,10 +22,27 @@ from antidreambooth.photos.decoding import BACKGROUND, decode, find_photos, load
 from antidreambooth.photos.delivery import cloaked_names, to_8bit, write_png
 from antidreambooth.photos.formats import FORMATS as READ
 from antidreambooth.photos.formats import SUFFIXES, UNREAD
+from tests.photos.samples import (
+    BLUE,
+    DEEP,
+    GREEN,
+    GREENISH,
+    KINDS,
+    RED,
+    REDDISH,
+    WHITE,
+    T,
+    deep,
+    encoded,
+    lab_profile,
+    linear_grey,
+    noise,
+    odd_ink,
+    palette,
+    plain,
+    swapped_rgb,
+)
 
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-REDDISH, GREENISH = (200, 30, 90), (30, 200, 90)
-T = Image.Transpose
 FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -52,20 +67,6 @@ FORMATS = {
 }
 
 
-def encoded(image, file_format, **options):
-    buffer = BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def plain(mode, colour, size=(32, 32)):
-    return Image.new(mode, size, colour)
-
-
-def noise(*size, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*reversed(size), 3), dtype=np.uint8))
-
-
 def quarters(size=(64, 96)):
     """Red, green / blue, white: no rotation or reflection of it is like another."""
     (width, height), image = size, Image.new("RGB", size, WHITE)
@@ -82,53 +83,6 @@ def centres(image):
 
 def assert_close(found, expected, tolerance=12):
     assert np.abs(np.array(found, int) - np.array(expected, int)).max() <= tolerance, (found, expected)
-
-
-# --- colour profiles, by hand (ICC.1:2001-04): Pillow can only make sRGB, which converts to itself ---
-
-
-def s15(*numbers):
-    return struct.pack(f">{len(numbers)}i", *(round(number * 65536) for number in numbers))
-
-
-def icc(space, pcs, kind, tags):
-    start, table, body = 128 + 4 + 12 * len(tags), b"", b""
-    for signature, data in tags.items():
-        table += signature + struct.pack(">II", start + len(body), len(data))
-        body += data + bytes(-len(data) % 4)
-    head = struct.pack(">I4sI4s4s4s12s4s", start + len(body), b"", 0x02100000, kind, space, pcs, bytes(12), b"acsp")
-    head = head.ljust(68, b"\0") + s15(0.9642, 1, 0.8249)
-    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
-
-
-def xyz(*numbers):
-    return b"XYZ \0\0\0\0" + s15(*numbers)
-
-
-def swapped_rgb():
-    """SRGB with the primaries red and green exchanged and gamma 2.2."""
-    gamma = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.2 * 256))
-    red, green, blue = xyz(0.3851, 0.7169, 0.0971), xyz(0.4360, 0.2225, 0.0139), xyz(0.1431, 0.0606, 0.7141)
-    curves = dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma)
-    tags = {b"wtpt": xyz(0.9642, 1, 0.8249), b"rXYZ": red, b"gXYZ": green, b"bXYZ": blue} | curves
-    return icc(b"RGB ", b"XYZ ", b"mntr", tags)
-
-
-def linear_grey():
-    tags = {b"wtpt": xyz(0.9642, 1, 0.8249), b"kTRC": b"curv\0\0\0\0" + struct.pack(">I", 0)}
-    return icc(b"GRAY", b"XYZ ", b"mntr", tags)
-
-
-def odd_ink():
-    """CMYK whose cyan ink is a mid grey (L* 50), whose key is black, and whose other inks are white."""
-    ramp, inks = bytes(range(256)), itertools.product((0, 1), repeat=4)
-    corners = b"".join(bytes((0 if key else 128 if cyan else 255, 128, 128)) for cyan, _, _, key in inks)
-    lut = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + s15(1, 0, 0, 0, 1, 0, 0, 0, 1) + 4 * ramp + corners + 3 * ramp
-    return icc(b"CMYK", b"Lab ", b"prtr", {b"wtpt": xyz(0.9642, 1, 0.8249), b"A2B0": lut})
-
-
-def lab_profile():
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 
 
 # --- finding ---
@@ -310,87 +264,6 @@ def test_odd_exif_does_not_hinder(file_format, exif, stored):
     upright = quarters()
     data = encoded(upright.transpose(stored) if stored is not None else upright, file_format, exif=exif)
     assert_close(centres(decode(data, "x")), centres(upright))
-
-
-DEEP = np.array([[0, 100 * 257, 65535]])
-GREYS = [(0, 0, 0), (100, 100, 100), WHITE]
-
-
-def row(*pixels, mode="RGB"):
-    image = Image.new(mode, (len(pixels), 1))
-    for x, pixel in enumerate(pixels):
-        image.putpixel((x, 0), pixel)
-    return image
-
-
-def palette(*colours):
-    image = Image.new("P", (len(colours), 1))
-    image.putpalette([channel for colour in colours for channel in colour])
-    for index in range(len(colours)):
-        image.putpixel((index, 0), index)
-    return image
-
-
-def deep(dtype, values=DEEP):
-    return Image.fromarray(values.astype(dtype))
-
-
-KINDS: dict[str, tuple[Image.Image, str, dict[str, Any], Sequence[tuple[int, ...]]]] = {
-    "RGB bmp": (row(RED, BLUE), "BMP", {}, [RED, BLUE]),
-    "L": (row(0, 100, 255, mode="L"), "PNG", {}, GREYS),
-    "1-bit": (row(0, 1, mode="1"), "PNG", {}, [(0, 0, 0), WHITE]),
-    "1-bit tiff": (row(0, 1, mode="1"), "TIFF", {}, [(0, 0, 0), WHITE]),
-    "RGBA": (row((*RED, 255), (*RED, 0), (*RED, 128), mode="RGBA"), "PNG", {}, [RED, WHITE, (255, 127, 127)]),
-    "RGBA webp": (
-        row((*RED, 255), (*RED, 0), mode="RGBA"),
-        "WEBP",
-        {"lossless": True, "exact": True},
-        [RED, WHITE],
-    ),
-    "RGBA tiff": (row((*RED, 255), (*RED, 0), mode="RGBA"), "TIFF", {}, [RED, WHITE]),
-    "LA": (row((0, 255), (0, 0), (0, 128), mode="LA"), "PNG", {}, [(0, 0, 0), WHITE, (127, 127, 127)]),
-    "palette": (palette(RED, BLUE), "PNG", {}, [RED, BLUE]),
-    "palette, one clear": (palette(RED, BLUE), "PNG", {"transparency": 1}, [RED, WHITE]),
-    "palette, alphas": (palette(RED, BLUE), "PNG", {"transparency": b"\xff\x80"}, [RED, (127, 127, 255)]),
-    "palette gif": (palette(RED, BLUE), "GIF", {"transparency": 0}, [WHITE, BLUE]),
-    "RGB, one clear": (row(RED, BLUE), "PNG", {"transparency": RED}, [WHITE, BLUE]),
-    "L, one clear": (row(0, 100, mode="L"), "PNG", {"transparency": 0}, [WHITE, GREYS[1]]),
-    "1-bit, one clear": (row(0, 1, mode="1"), "PNG", {"transparency": 0}, [WHITE, WHITE]),
-    "16-bit png": (deep(np.uint16), "PNG", {}, GREYS),
-    "16-bit png, one clear": (
-        deep(np.uint16, np.array([[1000, 1000 % 256, 65535]])),
-        "PNG",
-        {"transparency": 1000},
-        [WHITE, (1, 1, 1), WHITE],
-    ),
-    "16-bit tiff": (deep(np.uint16), "TIFF", {}, GREYS),
-    "16-bit big-endian tiff": (deep(">u2"), "TIFF", {}, GREYS),
-    "32-bit tiff": (deep(np.int32), "TIFF", {}, GREYS),
-    "CMYK jpeg": (plain("CMYK", (0, 255, 255, 0)), "JPEG", {}, [RED]),  # written inverted, as Adobe does
-    "CMYK tiff": (row((0, 255, 255, 0), (0, 0, 0, 255), mode="CMYK"), "TIFF", {}, [RED, (0, 0, 0)]),
-    "YCbCr tiff": (row(RED, BLUE).convert("YCbCr"), "TIFF", {"compression": "tiff_lzw"}, [(254, 0, 0), (0, 0, 254)]),
-    "LAB tiff": (row(REDDISH, GREENISH).convert("LAB"), "TIFF", {}, [REDDISH, GREENISH]),
-    "first of gif": (palette(RED), "GIF", {"save_all": True, "append_images": [palette(BLUE)]}, [RED]),
-    "first of png": (row(RED), "PNG", {"save_all": True, "append_images": [row(BLUE)]}, [RED]),
-    "first of webp": (
-        plain("RGB", RED),
-        "WEBP",
-        {"save_all": True, "lossless": True, "append_images": [plain("RGB", BLUE)]},
-        [RED],
-    ),
-    "first of tiff": (row(RED), "TIFF", {"save_all": True, "append_images": [row(BLUE)]}, [RED]),
-    "first of mpo": (plain("RGB", RED), "MPO", {"save_all": True, "append_images": [plain("RGB", BLUE)]}, [RED]),
-    "RGBA avif": (plain("RGBA", (*RED, 0)), "AVIF", {}, [WHITE]),
-    "RGBA jpeg 2000": (row((*RED, 255), (*RED, 0), mode="RGBA"), "JPEG2000", {}, [RED, WHITE]),
-    "L jpeg 2000": (row(0, 100, 255, mode="L"), "JPEG2000", {}, GREYS),
-    "16-bit jpeg 2000": (deep(np.uint16), "JPEG2000", {}, GREYS),
-    "RGB jpeg 2000": (row(REDDISH, GREENISH), "JPEG2000", {"no_jp2": True}, [REDDISH, GREENISH]),
-    "L ppm": (row(0, 100, 255, mode="L"), "PPM", {}, GREYS),
-    "16-bit ppm": (Image.fromarray(DEEP.astype(np.int32)), "PPM", {}, GREYS),
-    "RGBA qoi": (row((*RED, 255), (*RED, 0), mode="RGBA"), "QOI", {}, [RED, WHITE]),
-    "first of avif": (plain("RGB", RED), "AVIF", {"save_all": True, "append_images": [plain("RGB", BLUE)]}, [RED]),
-    "first of heic": (plain("RGB", RED), "HEIF", {"save_all": True, "append_images": [plain("RGB", BLUE)]}, [RED]),
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
