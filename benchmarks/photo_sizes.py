@@ -37,7 +37,7 @@ def photo(size: tuple[int, int], path: Path) -> None:
     for rows in range(0, len(large), 256):
         part = large[rows : rows + 256]
         part[:] = (part + rng.normal(0, 3, part.shape)).round().clip(0, 255)
-    Image.fromarray(large).save(path, **({"quality": 95} if path.suffix == ".jpg" else {"compress_level": 1}))
+    Image.fromarray(large).save(path, quality=95, compress_level=1)  # of JPEG, of PNG
 
 
 def child(path: Path, rounds: int) -> dict[str, float]:
