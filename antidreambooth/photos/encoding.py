@@ -11,7 +11,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from antidreambooth.photos import exif, sixteen
+from antidreambooth.photos import exif
 from antidreambooth.photos.metadata import Metadata
 from antidreambooth.photos.original import ROWS, Alpha, Numbers
 
@@ -33,11 +33,17 @@ class Content:
     quality: int = 100  # of JPEG
 
     @property
-    def pixels(self) -> np.ndarray:
-        """Numbers with alpha as the last channel; ``h w c``, ``h w`` of grey alone."""
-        if self.alpha is not None:
-            return np.concatenate([self.numbers, self.alpha[..., None]], axis=-1)
-        return self.numbers if self.numbers.shape[-1] == 3 else self.numbers[..., 0]
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels, of which alpha may be the last."""
+        height, width, channels = self.numbers.shape
+        return height, width, channels + (self.alpha is not None)
+
+    def strips(self) -> Iterator[np.ndarray]:
+        """Numbers with alpha as the last channel, ``h w c``, a few rows at a time."""
+        for top in range(0, len(self.numbers), ROWS):
+            rows = slice(top, top + ROWS)
+            strip = self.numbers[rows]
+            yield strip if self.alpha is None else np.concatenate([strip, self.alpha[rows, :, None]], axis=-1)
 
 
 def encoded(content: Content, kind: str) -> bytes:
@@ -51,15 +57,24 @@ def encoded(content: Content, kind: str) -> bytes:
 
 
 def _png(content: Content) -> bytes:
-    if content.numbers.dtype == sixteen.DEEP:
-        plain = sixteen.png(np.atleast_3d(content.pixels), LEVEL)
-    else:
-        plain = _saved(content, "PNG", compress_level=LEVEL)
-    head, pixels = (
-        8 + 25,
-        plain.index(b"IDAT") - 4,
-    )  # signature and IHDR (PNG 3, section 5.6); libvips adds a resolution
-    return b"".join([plain[:head], content.chunks, *_beside(content), plain[pixels:]])
+    """A PNG (PNG 3) of 8 or 16 bits. Each row is written as its difference from the one above.
+
+    On photos that is as small as choosing one of five filters for each row, and takes half the time.
+    """
+    height, width, channels = content.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    head = struct.pack(">IIBBBBB", width, height, 8 * content.numbers.itemsize, kind, 0, 0, 0)
+    file = BytesIO()
+    file.write(b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", head) + content.chunks + b"".join(_beside(content)))
+    packer, above = zlib.compressobj(LEVEL), np.zeros((1, width * channels * content.numbers.itemsize), np.uint8)
+    for strip in content.strips():
+        rows = strip.astype(strip.dtype.newbyteorder(">")).view(np.uint8).reshape(len(strip), -1)
+        filtered = np.full((len(rows), 1 + rows.shape[1]), 2, np.uint8)  # the filter's name begins each row
+        filtered[:, 1:] = rows - np.concatenate([above, rows[:-1]])  # modulo 256, as numpy's integers are
+        file.write(_chunk(b"IDAT", packer.compress(filtered.data)))
+        above = rows[-1:]
+    file.write(_chunk(b"IDAT", packer.flush()) + _chunk(b"IEND", b""))
+    return file.getvalue()
 
 
 def _beside(content: Content) -> Iterator[bytes]:
@@ -83,7 +98,9 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 def _webp(content: Content) -> bytes:
     beside = {"icc_profile": content.profile, "exif": content.metadata.exif, "xmp": content.metadata.xmp}
     given = {name: value for name, value in beside.items() if value}
-    return _saved(content, "WEBP", lossless=True, exact=True, quality=20, method=1, **given)  # quality: of the search
+    return _saved(
+        content, "WEBP", lossless=True, exact=True, method=0, **given
+    )  # others take half as much memory again
 
 
 def _bmp(content: Content) -> bytes:
@@ -103,9 +120,9 @@ def _jpeg(content: Content) -> bytes:
 
 
 def _saved(content: Content, kind: str, **how: object) -> bytes:
-    buffer = BytesIO()
-    Image.fromarray(content.pixels).save(buffer, kind, **how)
-    return buffer.getvalue()
+    pixels, file = content.numbers if content.alpha is None else np.concatenate([*content.strips()]), BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, kind, **how)
+    return file.getvalue()
 
 
 def _tiff(content: Content) -> bytes:
@@ -114,10 +131,13 @@ def _tiff(content: Content) -> bytes:
     Pillow would write neither 16 bits of colour nor names with accents, and libvips no EXIF.
     """
     block = (exif.parse(content.metadata.exif) if content.metadata.exif else None) or exif.Block()
-    pixels = np.atleast_3d(content.pixels)
-    strips = [zlib.compress(strip, LEVEL) for strip in _differences(pixels, block.order)]
-    places = np.cumsum([8, *map(len, strips)])
-    (height, width, channels), bits = pixels.shape, 8 * pixels.itemsize
+    (height, width, channels), bits = content.shape, 8 * content.numbers.itemsize
+    file, places = BytesIO(), [8]
+    file.seek(8)  # the header comes last, as it says where the directory is
+    for strip in content.strips():
+        apart = np.diff(strip, axis=1, prepend=strip.dtype.type(0))  # modulo 256 or 65536, as numpy's integers are
+        file.write(zlib.compress(apart.astype(apart.dtype.newbyteorder(block.order)).tobytes(), LEVEL))
+        places.append(file.tell())
 
     def entry(kind: int, *values: int) -> exif.Entry:
         return kind, struct.pack(f"{block.order}{len(values)}{'H' if kind == exif.SHORT else 'I'}", *values)
@@ -128,24 +148,20 @@ def _tiff(content: Content) -> bytes:
         258: entry(exif.SHORT, *[bits] * channels),
         259: entry(exif.SHORT, 8),  # deflate
         262: entry(exif.SHORT, 2 if channels > 2 else 1),  # RGB, or grey with black as 0
-        273: entry(exif.LONG, *places[:-1].tolist()),
+        273: entry(exif.LONG, *places[:-1]),
         277: entry(exif.SHORT, channels),
         278: entry(exif.LONG, ROWS),
-        279: entry(exif.LONG, *map(len, strips)),
+        279: entry(exif.LONG, *np.diff(places).tolist()),
         317: entry(exif.SHORT, 2),  # differences along the row
     }
     if content.alpha is not None:
         entries[338] = entry(exif.SHORT, 2)  # alpha that is not multiplied in
     beside = {exif.PROFILE: content.profile, exif.XMP: content.metadata.xmp, exif.IPTC: content.metadata.iptc}
     entries |= {tag: (exif.UNDEFINED, value) for tag, value in beside.items() if value}
-    padding = bytes(int(places[-1]) % 2)  # directories begin at even places
-    start = int(places[-1]) + len(padding)
+    start = places[-1] + places[-1] % 2  # directories begin at even places
     main = exif.Directory(block.main.entries | entries, block.main.below)
-    return b"".join([exif.header(block.order, start), *strips, padding, exif.directory(main, block.order, start)])
-
-
-def _differences(pixels: np.ndarray, order: str) -> Iterator[bytes]:
-    for top in range(0, len(pixels), ROWS):
-        strip = pixels[top : top + ROWS].copy()
-        strip[:, 1:] -= pixels[top : top + ROWS, :-1]  # modulo 256 or 65536, as numpy's integers are
-        yield strip.astype(strip.dtype.newbyteorder("<" if order == "<" else ">")).tobytes()
+    file.seek(start)
+    file.write(exif.directory(main, block.order, start))
+    file.seek(0)
+    file.write(exif.header(block.order, start))
+    return file.getvalue()

@@ -178,6 +178,7 @@ def _shallow(image: Image.Image, data: bytes) -> tuple[str, ...]:
 
 
 def _deep(image: Image.Image, data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+    image.close()  # lets go of Pillow's pixels; what it knows of the file stays
     pixels = sixteen.read(image, data)
     channels = pixels.shape[-1]
     colours = pixels[..., : 1 if channels < 3 else 3]

@@ -1,4 +1,4 @@
-"""Photos of 16 bits a channel, of which Pillow gives eight without a word; libvips reads and writes them."""
+"""Photos of 16 bits a channel, of which Pillow gives eight without a word; libvips reads them."""
 
 from __future__ import annotations
 
@@ -44,21 +44,6 @@ def read(image: Image.Image, data: bytes) -> UInt16[np.ndarray, "h w c"]:
 def has_alpha(image: Image.Image, channels: int) -> bool:
     """Whether the last of the channels that ``read`` gave is alpha: in a PNG always, in a TIFF where it says so."""
     return channels in (2, 4) and (image.format == "PNG" or getattr(image, "tag_v2", {}).get(_EXTRA, ())[:1] == (2,))
-
-
-def png(pixels: UInt16[np.ndarray, "h w c"], level: int) -> bytes:
-    """Pixels as a PNG of 16 bits a channel, with nothing beside them.
-
-    Args:
-        pixels: 1 to 4 channels, alpha last.
-        level: of zlib.
-    """
-    height, width, channels = pixels.shape
-    space = "grey16" if channels < 3 else "rgb16"
-    memory = np.ascontiguousarray(pixels)
-    image = _vips().Image.new_from_memory(memory.data, width, height, channels, "ushort").copy(interpretation=space)
-    written: bytes = image.pngsave_buffer(keep="none", compression=level, filter="all", bitdepth=16)
-    return written
 
 
 def _vips() -> Any:
