@@ -9,8 +9,9 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int16, UInt8
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from antidreambooth.attack.canvas import STEP, Canvas
 from antidreambooth.attack.objectives import Denoising, Objective
@@ -22,6 +23,7 @@ from antidreambooth.diffusion.precision import cast_once
 from antidreambooth.diffusion.recording import Recording
 from antidreambooth.diffusion.seeding import Turn, uniform
 from antidreambooth.errors import require
+from antidreambooth.photos.resampling import grid_size
 
 
 def alone(gradient: Tensor) -> Tensor:
@@ -34,6 +36,25 @@ def random_noise(originals: UInt8[Tensor, "n 3 h w"], budget: float, seed: int) 
     generator = torch.Generator("cpu").manual_seed(seed)
     signs = torch.randint(0, 2, originals.shape, generator=generator, device="cpu") * 2 - 1
     return (originals.int() + signs * int(budget)).clamp(0, 255).to(torch.uint8)
+
+
+def random_change(size: tuple[int, int], side: int, budget: float, seed: int) -> Int16[Tensor, "h w 3"]:
+    """The control at a photo's own size: signs as of ``random_noise`` for each pixel of a model, enlarged.
+
+    Signs for each pixel of a large photo would be no control: what a trainer's resize leaves of them is 3 % of their
+    energy.
+
+    Args:
+        size: of the photo, width and height.
+        side: of the square that a model sees of the photo's short side, in pixels.
+        budget: in 8-bit steps.
+        seed: of the signs.
+    """
+    width, height = grid_size(size, side)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    signs = torch.randint(0, 2, (1, 3, height, width), generator=generator, device="cpu") * 2.0 - 1
+    enlarged = interpolate(signs * int(budget), size[::-1], mode="bilinear")[0]
+    return enlarged.round().to(torch.int16).permute(1, 2, 0)
 
 
 def pixel_gradient(

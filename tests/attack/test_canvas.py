@@ -11,12 +11,13 @@ from PIL import Image
 
 from antidreambooth.attack.canvas import STEP, OwnSizeCanvas, Part, SquareCanvas, Views
 from antidreambooth.attack.parametrisation import OwnSize
-from antidreambooth.attack.perturbation import PGD
+from antidreambooth.attack.perturbation import PGD, random_change
 from antidreambooth.attack.rounds import alternate
 from antidreambooth.attack.steps import Momentum, NormalizedL2, Sign
 from antidreambooth.attack.surrogates import Fixed
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
+from antidreambooth.photos.resampling import viewing
 from antidreambooth.photos.whole import Reduced, reduced
 
 SIDE = 16
@@ -204,3 +205,22 @@ def test_a_square_canvas_is_its_photos():
     assert square.lessons(originals) is originals
     assert square.gradient(originals, ()) is originals
     assert replace(Turn(0)) == Turn(0)
+
+
+def test_the_control_reaches_a_trainer_and_signs_of_full_size_do_not():
+    size, side = (800, 600), 32
+    cpu = torch.device("cpu")
+    rows, columns = viewing(600, 0.0, 600.0, side, cpu), viewing(800, 100.0, 600.0, side, cpu)
+
+    def share(change: torch.Tensor) -> float:
+        """Of the budget's energy, what is left in a trainer's square."""
+        seen = rows @ change.permute(2, 0, 1).float() @ columns.T
+        return seen.square().mean().item() / 64
+
+    control = random_change(size, side, 8.0, seed=1)
+    assert control.shape == (600, 800, 3)
+    assert control.abs().max() <= 8
+    assert torch.equal(control, random_change(size, side, 8.0, seed=1))
+    full = torch.randint(0, 2, (600, 800, 3), generator=torch.Generator().manual_seed(1)) * 16 - 8
+    assert share(control) > 0.15
+    assert share(full) < 0.03
