@@ -109,17 +109,22 @@ def decode(data: bytes, name: str) -> Image.Image:
     Raises:
         InputError: It is no image, incomplete, larger than Pillow's hard limit (179 megapixels), or floating-point.
     """
+    return flatten(open_photo(data, name), name)
+
+
+def open_photo(data: bytes, name: str) -> Image.Image:
+    """An image file, opened by Pillow and not decoded yet; errors as of ``decode``."""
     if not data:
         raise InputError(f"{name} cannot be decoded: it is empty; remove it or save it anew")
     with warnings.catch_warnings():
         # Phones have 108-megapixel sensors (DecompressionBombWarning) and write odd EXIF; neither is news.
         warnings.simplefilter("ignore")
-        with _decoding(name, lambda: why_unknown(data)):
+        with decoding(name, lambda: why_unknown(data)):
             image = Image.open(BytesIO(data), formats=FORMATS)
             raw = is_raw(image)
         if raw:
             raise InputError(f"{name} cannot be decoded: {why_unread('camera raw')}")
-    return flatten(image, name)
+    return image
 
 
 def flatten(image: Image.Image, name: str) -> Image.Image:
@@ -134,17 +139,22 @@ def flatten(image: Image.Image, name: str) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _decoding(name, lambda: why_undecoded(image.format)):
-            _decode(image, name)
-        image = _upright(image)
-        colours, alpha = _separate(image, name)
+        with decoding(name, lambda: why_undecoded(image.format)):
+            decode_pixels(image, name)
+        transpose = _TRANSPOSE.get(orientation(image))
+        image = image if transpose is None else image.transpose(transpose)
+        colours, alpha = separate(image, name)
     profile = None if image.mode == "LAB" else image.info.get("icc_profile")  # Pillow took L*a*b* to sRGB already
-    rgb = _to_srgb(colours, profile, name)
+    return on_background(to_srgb(colours, profile, name), alpha)
+
+
+def on_background(rgb: Image.Image, alpha: Image.Image | None) -> Image.Image:
+    """Colours as people see them where alpha (mode L) lets ``BACKGROUND`` through."""
     return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, BACKGROUND), alpha)
 
 
 @contextmanager
-def _decoding(name: str, why: Callable[[], str]) -> Iterator[None]:
+def decoding(name: str, why: Callable[[], str]) -> Iterator[None]:
     """Turns what decoders say of a file that they cannot read into one error that names it and says why."""
     try:
         yield
@@ -188,7 +198,7 @@ def _load(path: Path, resolution: int) -> Photo:
     return Photo(path, path.name, hashlib.sha256(data).hexdigest(), image.size, box, pixels)
 
 
-def _decode(image: Image.Image, name: str) -> None:
+def decode_pixels(image: Image.Image, name: str) -> None:
     """Decodes an opened picture; one that was closed before is named as such, for which Pillow has several words."""
     gone = getattr(image, "fp", image) is None and bool(getattr(image, "tile", None))  # its file, before it was read
     try:
@@ -202,16 +212,16 @@ def _decode(image: Image.Image, name: str) -> None:
         raise InputError(f"{name} is closed: give it before it is closed, or give its path")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Decoded pixels, turned as EXIF says; Pillow's TIFF and pillow_heif's HEIC come turned, without the tag."""
+def orientation(image: Image.Image) -> int:
+    """How decoded pixels lie, 1 to 8 as in EXIF; Pillow's TIFF and pillow_heif's HEIC come turned, without the tag."""
     try:
-        transpose = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except (OSError, EOFError, SyntaxError, ValueError, struct.error):  # the EXIF block is broken, the pixels are not
-        return image
-    return image if transpose is None else image.transpose(transpose)
+        return 1
+    return found if found in _TRANSPOSE else 1
 
 
-def _separate(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
+def separate(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
     """Colours (mode L, RGB or CMYK), which a colour profile is about, and alpha (mode L), which it is not."""
     if image.mode == "F":
         raise InputError(f"{name} has floating-point pixels, of which none is white by definition; save it with 8 bits")
@@ -228,14 +238,27 @@ def _separate(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image |
     return rgba.convert(mode), rgba.getchannel("A")
 
 
-def _to_srgb(colours: Image.Image, profile: bytes | None, name: str) -> Image.Image:
+def to_srgb(colours: Image.Image, profile: bytes | None, name: str) -> Image.Image:
+    """Colours of mode L, RGB or CMYK through their profile; a profile that cannot be used is ignored with a warning."""
     if profile:
         try:
-            srgb = ImageCms.createProfile("sRGB")
-            return ImageCms.buildTransform(BytesIO(profile), srgb, colours.mode, "RGB").apply(colours)
+            return _through(profile, colours.mode).apply(colours)
         except ImageCms.PyCMSError as error:
             warnings.warn(f"{name}: its colour profile is ignored, as it cannot be used ({error})", stacklevel=3)
     return colours.convert("RGB")
+
+
+def is_usable(profile: bytes, mode: str) -> bool:
+    """Whether a colour profile can be read, and describes colours of this mode (L, RGB or CMYK)."""
+    try:
+        _through(profile, mode)
+    except ImageCms.PyCMSError:
+        return False
+    return True
+
+
+def _through(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
 def _is_photo(path: Path, suffixes: Sequence[str] = SUFFIXES) -> bool:
