@@ -20,6 +20,7 @@ from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.loading import load_backbone, read_defaults
 from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.sampling import Generation, blank, noise_of, sample
+from antidreambooth.diffusion.seeding import uniform
 from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.faces import Dlib, FaceModel, reference
 from antidreambooth.evaluation.measures import face_measures
@@ -29,6 +30,7 @@ from antidreambooth.finetuning.dreambooth import DreamBooth, dreambooth_loss, st
 from antidreambooth.finetuning.full import Full
 from antidreambooth.photos.decoding import to_float
 from antidreambooth.photos.delivery import to_8bit
+from antidreambooth.photos.readings import square_at
 from lightning_modules.running.sharding import gathered, sharded
 from lightning_modules.training import Training
 
@@ -140,8 +142,8 @@ class Victim(Training):
         for part in (self.backbone.unet, self.backbone.text_encoder):
             part.train(any(p.requires_grad for p in part.parameters()))
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The DreamBooth loss of one batch of photos; ``batch`` holds all of them, in 8 bits."""
+    def training_step(self, batch: Tensor | list[Tensor], batch_idx: int) -> Tensor:
+        """The DreamBooth loss of one batch of photos; ``batch`` holds all of them, in 8 bits, see ``_instances``."""
         settings, turn = self.training_settings, self.turn_of(batch_idx)
         assert settings.batch_size is not None  # completed in the constructor
         generator = turn.generator(self.device)
@@ -252,14 +254,26 @@ class Victim(Training):
         chosen = {"adaptation": self.adaptation, "training": self.training_settings, "faces": self.faces.name}
         return {**super().effective(), **chosen}
 
-    def _instances(self, photos: Tensor, chosen: Tensor, generator: torch.Generator) -> Posterior:
-        """Latents of the chosen photos: computed once, unless each step changes the photos."""
+    def _instances(self, photos: Tensor | list[Tensor], chosen: Tensor, generator: torch.Generator) -> Posterior:
+        """Latents of the chosen photos: computed once, unless each step changes the photos.
+
+        Args:
+            photos: n 3 s s; or a list of 3 h w, where each step cuts squares from them at random.
+            chosen: which of them.
+            generator: of the squares, and of what else each step changes.
+        """
+        if isinstance(photos, list):
+            places = uniform(chosen.shape, generator).tolist()
+            squares = [square_at(photos[one], place) for one, place in zip(chosen.tolist(), places, strict=True)]
+            return self._encoded(self.augmentation(torch.stack(squares), generator))
         if self.augmentation.active:
-            changed = self.augmentation(photos[chosen.to(photos.device)], generator)
-            return self.backbone.encode_all(to_float(changed), MICRO_BATCH)
+            return self._encoded(self.augmentation(photos[chosen.to(photos.device)], generator))
         if self.posterior is None:
-            self.posterior = self.backbone.encode_all(to_float(photos), MICRO_BATCH)
+            self.posterior = self._encoded(photos)
         return self.posterior.rows(chosen)
+
+    def _encoded(self, photos: Tensor) -> Posterior:
+        return self.backbone.encode_all(to_float(photos), MICRO_BATCH)
 
     def _optimizer(self, parameters: list[torch.nn.Parameter]) -> Optimizer:
         settings = self.training_settings
