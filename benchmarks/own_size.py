@@ -215,7 +215,7 @@ def losses(people: list[Person], root: Path) -> str:
     """Rise of the loss, a row for each way, a column for each reading; the mean over people, and its range."""
     rises: dict[str, dict[str, list[float]]] = {}
     for person in people:
-        model, before = Losses(person), {}
+        model, before = Losses(person), dict[str, float]()
         for name in WAYS:
             for reading, loss in model.arriving(model.cloaked(name)):
                 before.setdefault(reading, loss)  # of nothing, the first way

@@ -28,6 +28,7 @@ LPIPS_MISSING = (
 
 
 SCREEN = 512  # pixels of the longer side at which SSIM is taken
+WINDOW = 11  # pixels of SSIM's window (Wang et al., 2004)
 ROWS = 256  # of a photo that are looked at together
 
 
@@ -43,7 +44,7 @@ def cloak_quality(original: UInt8[Tensor, "3 h w"], cloaked: UInt8[Tensor, "3 h 
     """PSNR in dB (higher is closer; None for equal pictures), SSIM (1 is equal), largest difference in 8-bit steps.
 
     Of a photo whose longer side has more than ``SCREEN`` pixels, SSIM is that of the photo scaled down to so many: what
-    is seen on a screen, in a bounded amount of memory.
+    is seen on a screen, in a bounded amount of memory. A side of fewer than ``WINDOW`` pixels is enlarged to so many.
     """
     squares, largest = 0, 0
     for before, after in zip(torch.split(original, ROWS, 1), torch.split(cloaked, ROWS, 1), strict=True):
@@ -51,8 +52,8 @@ def cloak_quality(original: UInt8[Tensor, "3 h w"], cloaked: UInt8[Tensor, "3 h 
         squares += int(difference.square().sum())
         largest = max(largest, int(difference.abs().max()))
     ratio = min(1.0, SCREEN / max(original.shape[1:]))
-    size = [max(1, round(side * ratio)) for side in original.shape[1:]]
-    scaled = (one[None] if ratio == 1 else resize(one[None], size, antialias=True) for one in (original, cloaked))
+    size = [max(WINDOW, round(side * ratio)) for side in original.shape[1:]]
+    scaled = (resize(one[None], size, antialias=True) for one in (original, cloaked))  # nothing where it has that size
     return {
         "psnr": round(10 * math.log10(255**2 * original.numel() / squares), 3) if squares else None,
         "ssim": round(float(ssim(*scaled)), 5),

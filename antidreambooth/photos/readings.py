@@ -33,6 +33,7 @@ from antidreambooth.photos.decoding import (
     separate,
 )
 from antidreambooth.photos.formats import why_undecoded
+from antidreambooth.photos.original import turn, turn_back
 from antidreambooth.photos.regions import face_boxes, widened
 
 FACE_WIDTHS = 2.0  # side of the square around a face, in widths of the face
@@ -92,7 +93,7 @@ class Reading:
         width, height = (int(side * length / min(lengths)) for length in lengths)  # rounded as torchvision does
         scaled = resize(picture, (width, height), self.kernel, box)
         if not self.upright:
-            scaled = turn(scaled, {6: 8, 8: 6}.get(lies, lies))
+            scaled = turn_back(scaled, lies)
         pixels = torch.from_numpy(scaled).permute(2, 0, 1).contiguous()
         return Photo(path, path.name, hashlib.sha256(data).hexdigest(), picture.size, box, pixels)
 
@@ -186,17 +187,6 @@ def linear_taps(length: int, count: int) -> Iterator[Taps]:
         centre = min(max((index + 0.5) * length / count - 0.5, 0.0), length - 1.0)
         first = min(math.floor(centre), max(length - 2, 0))
         yield first, np.array([1 - (centre - first), centre - first], np.float32)[: length - first]
-
-
-def turn(pixels: UInt8[np.ndarray, "h w 3"], lies: int) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Pixels that lie as an EXIF orientation (1 to 8) says, upright."""
-    if lies >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if lies in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if lies in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
 
 
 def _along_rows(pixels: np.ndarray, taps: Iterable[Taps]) -> Float32[np.ndarray, "count w c"]:

@@ -50,3 +50,13 @@ def test_more_noise_is_worse():
     assert more["psnr"] is not None
     assert less["psnr"] > more["psnr"]
     assert less["ssim"] > more["ssim"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (100, 4000), (700, 500)])
+def test_photos_of_any_size_have_a_quality(size):
+    width, height = size
+    original = torch.randint(0, 200, (3, height, width), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    quality = cloak_quality(original, original + 4)
+    assert quality["psnr"] == pytest.approx(20 * math.log10(255 / 4), abs=1e-3)
+    assert quality["largest_difference"] == 4
+    assert 0.5 < quality["ssim"] <= 1
