@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import UInt8, UInt16
 from PIL import Image
 
-from antidreambooth.errors import InputError
 from antidreambooth.photos import sixteen
 from antidreambooth.photos.decoding import (
     decode_pixels,
@@ -119,8 +119,8 @@ def original_of(image: Image.Image, name: str, data: bytes = b"") -> Original:
                 numbers, alpha = _deep(image, data)
             lies = turned  # libvips turns nothing
         else:
-            lost += _shallow(image, data)
-            numbers, alpha = _pixels(image, name)
+            lost += _lost_depth(image, data)
+            numbers, alpha = _assembled(_shallow(image, name), image.height)
     return Original(
         name=name,
         format=image.format or "",
@@ -165,7 +165,7 @@ def _profile(image: Image.Image) -> tuple[bytes | None, tuple[str, ...]]:
     return (profile, ()) if is_usable(profile, mode) else (None, ("a colour profile that cannot be used",))
 
 
-def _shallow(image: Image.Image, data: bytes) -> tuple[str, ...]:
+def _lost_depth(image: Image.Image, data: bytes) -> tuple[str, ...]:
     """What is lost of a file with more than 8 bits a channel that is read as 8."""
     bits = image.info.get("bit_depth", 8)
     tags = getattr(image, "tag_v2", {}).get(258, (8,))
@@ -177,35 +177,47 @@ def _shallow(image: Image.Image, data: bytes) -> tuple[str, ...]:
     return ("all but the upper 8 bits of each number",) if deep else ()
 
 
-def _deep(image: Image.Image, data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+Strip = tuple[np.ndarray, np.ndarray | None]  # some rows: numbers (h w c), alpha (h w)
+
+
+def _deep(image: Image.Image, data: bytes) -> Strip:
     image.close()  # lets go of Pillow's pixels; what it knows of the file stays
-    pixels = sixteen.read(image, data)
-    channels = pixels.shape[-1]
-    colours = pixels[..., : 1 if channels < 3 else 3]
-    return colours, pixels[..., -1] if sixteen.has_alpha(image, channels) else None
+    height, strips = sixteen.read(image, data, ROWS)
+
+    def separated() -> Iterator[Strip]:
+        for pixels in strips:
+            channels = pixels.shape[-1]
+            alpha = pixels[..., -1] if sixteen.has_alpha(image, channels) else None
+            yield pixels[..., : 1 if channels < 3 else 3], alpha
+
+    return _assembled(separated(), height)
 
 
-def _pixels(image: Image.Image, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Numbers and alpha of a decoded picture, a few rows at a time."""
+def _shallow(image: Image.Image, name: str) -> Iterator[Strip]:
     if image.mode == "CMYK":
         profile = image.info.get("icc_profile")
         image = to_srgb(image, profile if profile and is_usable(profile, "CMYK") else None, name)
-    (width, height), numbers, alpha = image.size, None, None
+    width, height = image.size
     for top in range(0, height, ROWS):
-        rows = slice(top, top + ROWS)
-        colours, clear = _rows(image.crop((0, top, width, min(top + ROWS, height))), name)
-        if numbers is None:
+        yield _rows(image.crop((0, top, width, min(top + ROWS, height))), name)
+
+
+def _assembled(strips: Iterable[Strip], height: int) -> Strip:
+    """A whole photo, of which each strip is let go before the next one is made."""
+    top, numbers, alpha = 0, np.empty((0, 0, 3), np.uint8), None
+    for colours, clear in strips:
+        if not top:
             numbers = np.empty((height, *colours.shape[1:]), colours.dtype)
-            alpha = None if clear is None else np.empty((height, width), clear.dtype)
+            alpha = None if clear is None else np.empty((height, colours.shape[1]), clear.dtype)
+        rows = slice(top, top + len(colours))
         numbers[rows] = colours
         if alpha is not None and clear is not None:
             alpha[rows] = clear
-    if numbers is None:
-        raise InputError(f"{name} has no pixels: it is {width} by {height}")
+        top = rows.stop
     return numbers, alpha
 
 
-def _rows(image: Image.Image, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _rows(image: Image.Image, name: str) -> Strip:
     colours, alpha = separate(image, name)
     if not image.mode.startswith("I"):
         return np.atleast_3d(np.asarray(colours)), None if alpha is None else np.asarray(alpha)

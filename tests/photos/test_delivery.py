@@ -260,6 +260,16 @@ def test_any_numbers_and_any_change_within_the_budget_come_back(data, kind, form
     assert np.array_equal(found.astype(int), np.broadcast_to(expected, found.shape))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "BMP", "16-bit PNG", "16-bit TIFF"])
+def test_photos_of_many_rows_come_back(kind):
+    """More than are worked on at a time."""
+    tall = noise(5, 600)
+    deep = {"16-bit PNG": png16, "16-bit TIFF": tiff16}
+    original = read_original(deep[kind](fine(tall)) if kind in deep else encoded(tall, kind), "x")
+    delivered = deliver(original, change_of(original), 8.0, Delivery())
+    assert 7 < moved(original.numbers, read_with_another(delivered.data)) <= 8
+
+
 def test_what_trainers_see_of_16_bits_changes_by_the_change():
     """The high byte, which Pillow gives them, keeps the budget, too."""
     original = read_original(png16(fine(PICTURE)), "x")
