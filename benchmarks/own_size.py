@@ -21,7 +21,6 @@ from statistics import mean
 
 import numpy as np
 import torch
-from antidreambooth.photos.readings import Reading
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -39,6 +38,7 @@ from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.full import Full
 from antidreambooth.photos.decoding import find_photos, to_float
 from antidreambooth.photos.delivery import Delivery
+from antidreambooth.photos.readings import Reading
 from antidreambooth.photos.regions import Region
 from benchmarks.tables import write
 from cli import main as command_line

@@ -176,7 +176,9 @@ def test_which_faces_are_protected(monkeypatch):
     monkeypatch.setattr(regions, "face_boxes", lambda _: boxes)
     assert chosen(Region(), picture) == tuple(boxes)
     assert chosen(Region("largest"), picture) == (boxes[0],)
-    assert chosen(Region("person"), picture, lambda given, found: [*found][1:] if given is picture else []) == (boxes[1],)
+    assert chosen(Region("person"), picture, lambda given, found: [*found][1:] if given is picture else []) == (
+        boxes[1],
+    )
 
 
 def test_nothing_but_the_squares_may_change():
