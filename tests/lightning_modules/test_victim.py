@@ -23,7 +23,7 @@ from antidreambooth.photos.readings import square_at
 from cli import main
 from lightning_modules.victim import Victim
 from tests.conftest import ROOT, contents, random_images, three_photos
-from tests.helpers import fit_of_a_victim, manifest, pixels, refused, start, wait_for
+from tests.helpers import fit_of_a_victim, make_photos, manifest, pixels, refused, start, wait_for
 
 FOLDERS = {"dreambooth": "model", "dreambooth-lora": "lora", "textual-inversion": "textual_inversion"}
 FULL, LORA, INVERSION = FOLDERS
@@ -540,8 +540,20 @@ def test_photos_are_read_as_a_trainer_does(fit, usual, tmp_path, crop):
 
 
 def test_a_reading_says_where_it_finds_no_face(fit):
-    with pytest.warns(UserWarning, match="no face is found in a.png"):
+    with pytest.warns(UserWarning, match="no face") as said:
         main(fit("--data.reading.crop=face"))
+    no_face = [str(one.message) for one in said if "no face" in str(one.message)]
+    assert no_face == [
+        f"no face is found in {name}: its centred square is taken" for name in ("a.png", "b.jpg", "c.webp")
+    ]
+
+
+def test_of_squares_nothing_is_cut_and_they_are_encoded_once(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(lightning_modules.victim, "square_at", lambda *_: pytest.fail("a square was cut"))
+    squares = f"--data.photos={make_photos(tmp_path / 'squares', 3, 0)}"
+    main(fit(squares, "--data.reading.crop=random", out="one"))
+    main(fit(squares, out="two"))
+    assert result(tmp_path / "one") == result(tmp_path / "two")
 
 
 def test_random_crops_are_drawn_anew_in_each_step(fit, tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def rows(taps, pixels):
 
 def scaled(values, count, kernel):
     """A row of grey values in a picture of as many pixels each way, scaled; the same in each row."""
-    picture = Image.fromarray(np.repeat(np.uint8([[values] * len(values)]).reshape(-1, len(values), 1), 3, axis=2))
+    picture = Image.fromarray(np.stack([np.array([values] * len(values), np.uint8)] * 3, axis=-1))
     result = resize(picture, (count, count), kernel, (0, 0, *picture.size))
     assert (result == result[:1]).all()
     return result[0, :, 0].tolist()
@@ -136,8 +136,9 @@ def test_area_spreads_every_pixel_evenly(length, share):
     np.testing.assert_allclose(weights.sum(0), count / length, rtol=1e-4)
     for index in range(count):  # exactly, by fractions
         low, high = Fraction(index * length, count), Fraction((index + 1) * length, count)
-        exact = [max(Fraction(0), min(high, x + 1) - max(low, x)) / (high - low) for x in range(length)]
-        np.testing.assert_allclose(weights[index], np.float64(exact), atol=1e-5)
+        covered = [min(high, Fraction(x + 1)) - max(low, Fraction(x)) for x in range(length)]
+        exact = [float(max(Fraction(0), one) / (high - low)) for one in covered]
+        np.testing.assert_allclose(weights[index], exact, atol=1e-5)
 
 
 @given(length=st.integers(1, 300), count=st.integers(1, 300))
