@@ -26,7 +26,9 @@ class Subject(LightningDataModule):
         reference_photos: folder, or several, of clean photos of the same person; needed for ``test``.
         resolution: side in pixels; taken from the model on the command line.
         steps: training steps; taken from the model on the command line.
-        reading: how the attacker's program reads the photos to train on.
+        reading: how the attacker's program reads the photos to train on (diffusers, OneTrainer: random, bilinear;
+            ai-toolkit: centre, bicubic; kohya: centre, area, not upright; SimpleTuner: centre, linear, not upright; all
+            of them: profile false).
     """
 
     def __init__(

@@ -46,10 +46,6 @@ Kernel = Literal["bilinear", "bicubic", "lanczos", "area", "linear"]
 class Reading:
     """How a photo's file becomes a square; by default as this project has always read photos.
 
-    The trainers by these flags, in this order:
-    diffusers: random, bilinear, true, false; kohya: centre, area, false, false; OneTrainer: random, bilinear, true,
-    false; ai-toolkit: centre, bicubic, true, false; SimpleTuner: centre, linear, false, false.
-
     Args:
         crop: the centred square; one at random along the longer side, drawn anew in each step, so that each step
             encodes its photos anew; or the square of two face widths around the largest face.

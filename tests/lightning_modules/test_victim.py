@@ -19,10 +19,11 @@ import lightning_modules.victim
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.files import LOCK
 from antidreambooth.photos.decoding import to_float
+from antidreambooth.photos.readings import square_at
 from cli import main
 from lightning_modules.victim import Victim
 from tests.conftest import ROOT, contents, random_images, three_photos
-from tests.helpers import fit_of_a_victim, manifest, pixels, refused, start, wait_for
+from tests.helpers import fit_of_a_victim, make_photos, manifest, pixels, refused, start, wait_for
 
 FOLDERS = {"dreambooth": "model", "dreambooth-lora": "lora", "textual-inversion": "textual_inversion"}
 FULL, LORA, INVERSION = FOLDERS
@@ -520,12 +521,92 @@ def test_a_single_photo_can_be_trained_on(fit, usual, photos, tmp_path):
     assert result(tmp_path / "one") != result(usual)
 
 
+def test_the_usual_reading_leaves_no_trace(fit, usual, tmp_path):
+    """So that checkpoints from before there were readings are resumed."""
+    main(fit("--data.reading.crop=centre", "--data.reading.kernel=lanczos"))
+    assert "reading" not in manifest(usual)
+    assert result(tmp_path / "out") == result(usual)
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == (usual / "manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("crop", ["centre", "random", "face"])
+@pytest.mark.filterwarnings("ignore:no face is found")
+def test_photos_are_read_as_a_trainer_does(fit, usual, tmp_path, crop):
+    flags = [f"--data.reading.crop={crop}", "--data.reading.kernel=area", "--data.reading.profile=false"]
+    main(fit(*flags))
+    assert result(tmp_path / "out") != result(usual)
+    given = {"crop": crop, "kernel": "area", "upright": True, "profile": False}
+    assert manifest(tmp_path / "out")["reading"] == {"class": "Reading", **given}
+
+
+def test_a_reading_says_where_it_finds_no_face(fit):
+    with pytest.warns(UserWarning, match="no face") as said:
+        main(fit("--data.reading.crop=face"))
+    no_face = [str(one.message) for one in said if "no face" in str(one.message)]
+    assert no_face == [
+        f"no face is found in {name}: its centred square is taken" for name in ("a.png", "b.jpg", "c.webp")
+    ]
+
+
+def test_of_squares_nothing_is_cut_and_they_are_encoded_once(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(lightning_modules.victim, "square_at", lambda *_: pytest.fail("a square was cut"))
+    squares = f"--data.photos={make_photos(tmp_path / 'squares', 3, 0)}"
+    main(fit(squares, "--data.reading.crop=random", out="one"))
+    main(fit(squares, out="two"))
+    assert result(tmp_path / "one") == result(tmp_path / "two")
+
+
+def test_random_crops_are_drawn_anew_in_each_step(fit, tmp_path, monkeypatch):
+    """Each of 16 pixels, from 16 x 19; and again the same ones."""
+    places = []
+
+    def noted(pixels, place):
+        assert pixels.shape == (3, 19, 16)
+        places.append(place)
+        return square_at(pixels, place)
+
+    monkeypatch.setattr(lightning_modules.victim, "square_at", noted)
+    for out in ("one", "two"):
+        main(fit("--data.reading.crop=random", "--model.training.batch_size=2", out=out, steps=4))
+    assert places[:8] == places[8:]
+    assert len(set(places)) == 8
+    assert all(0 <= place < 1 for place in places)
+    assert result(tmp_path / "one") == result(tmp_path / "two")
+
+
+def test_random_crops_are_resumed_bit_for_bit(fit, tmp_path):
+    flags = ["--data.reading.crop=random", "--model.augmentation.flip=true"]
+    main(fit(*flags, out="whole", steps=4))
+    main(fit(*flags, "--trainer.max_steps=2", steps=4))
+    main(fit(*flags, "--ckpt_path=last", steps=4))
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
+
+
+def test_another_reading_is_not_resumed(fit):
+    main(fit("--trainer.max_steps=2"))
+    refused(fit("--data.reading.kernel=area", "--ckpt_path=last"), "reading", "other settings")
+
+
+def test_an_unknown_crop_is_refused(fit, capsys):
+    with pytest.raises(SystemExit):
+        main(fit("--data.reading.crop=middle"))
+    assert "--data.reading.crop middle: choose one of 'centre', 'random', 'face'" in capsys.readouterr().err
+
+
 def test_flags_explain_themselves(capsys):
     for arguments in (["fit", "--model.help", "Victim"], ["fit", "--data.help", "Subject"]):
         with pytest.raises(SystemExit):
             main(arguments)
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("what is trained: Full, LoRA or TextualInversion", "of AdamW", "mirrored", "clean photos", "warm-up"):
+    for words in (
+        "what is trained: Full, LoRA or TextualInversion",
+        "of AdamW",
+        "mirrored",
+        "clean photos",
+        "warm-up",
+        "OpenCV",
+    ):
         assert words in text
 
 
