@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int16
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -274,14 +274,15 @@ class OwnSizeCanvas(Canvas):
         steps, kept = ([part.flatten() for part in parts] for parts in zip(*made, strict=True))
         return torch.cat(steps), torch.cat(kept)
 
-    def change(self, state: Float[Tensor, " values"], index: int, budget: float) -> Int16[Tensor, "h w 3"]:
+    def change(self, state: Float[Tensor, " values"], index: int, budget: float) -> Integer[Tensor, "h w 3"]:
         """How much each value of a photo changes at its own size, in whole 8-bit steps; one channel at a time."""
         width, height = self.photos[index].size
         steps = math.floor(budget)
+        smallest = torch.int8 if steps <= 127 else torch.int16  # of a large photo it is large, too
         channels = []
         for channel in self.grids(state)[index].cpu() / STEP:
             enlarged = interpolate(channel[None, None], (height, width), mode="bilinear")[0, 0]
-            channels.append(enlarged.round_().clamp_(-steps, steps).to(torch.int16))
+            channels.append(enlarged.round_().clamp_(-steps, steps).to(smallest))
         return torch.stack(channels, dim=-1)
 
     def _allowed(self) -> Float[Tensor, " values"] | None:

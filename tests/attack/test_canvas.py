@@ -86,7 +86,7 @@ def test_a_grey_photo_stays_grey(canvas, backbone):
 
 
 @pytest.mark.parametrize("rule", [Sign(random_start=True), Momentum(), NormalizedL2()])
-@pytest.mark.parametrize("budget", [1.0, 8.0, 12.7])
+@pytest.mark.parametrize("budget", [1.0, 8.0, 12.7, 200.0])
 def test_every_rule_keeps_the_budget_at_the_photos_own_size(canvas, backbone, rule, budget):
     attack = PGD(budget=budget, step_size=budget, rule=rule, steps=2)
     state = canvas.blank + attack.start(canvas, 0)
