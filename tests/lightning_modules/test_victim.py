@@ -581,6 +581,8 @@ def test_random_crops_are_resumed_bit_for_bit(fit, tmp_path):
     main(fit(*flags, "--ckpt_path=last", steps=4))
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     assert (tmp_path / "out" / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
+    main(fit(flags[0], out="not mirrored", steps=4))
+    assert result(tmp_path / "not mirrored") != result(tmp_path / "whole")
 
 
 def test_another_reading_is_not_resumed(fit):
