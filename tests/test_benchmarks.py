@@ -4,18 +4,22 @@ import argparse
 import contextlib
 import csv
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from antidreambooth.attack.parametrisation import OwnSize
 from antidreambooth.diffusion.seeding import Turn
-from benchmarks import draws, first_gpu, gpu_speed, memory
+from antidreambooth.photos.regions import face_boxes
+from benchmarks import draws, first_gpu, gpu_speed, memory, own_size
 from benchmarks.aspl_speed import count, multiply, schedule, totals
 from benchmarks.counting import Counter, NoModules, cuda_autocast, fake, measured
 from benchmarks.host import waits
@@ -25,6 +29,7 @@ from benchmarks.published import published
 from benchmarks.sharding import Zero
 from benchmarks.stable_diffusion import STABLE_DIFFUSION_15, TINY, build, counts, size
 from benchmarks.variants import VARIANTS, make_side, make_task
+from cli import parsed
 from tests.conftest import ROOT
 
 TINY_RUN = argparse.Namespace(tiny=True, photos=3, micro_batch=2)
@@ -312,3 +317,33 @@ def test_the_script_on_draws_runs_from_photos_to_the_table(tmp_path, monkeypatch
     assert len(read_table(tmp_path / "draws-losses.csv")) == 2 * 2 * 2
     draws.main(["compare", f"--output={tmp_path}"])
     assert [row["attack"] for row in read_table(tmp_path / "draws.csv")] == ["ASPL, momentum"] * 2 + ["fixed, sign"] * 2
+
+
+def test_portraits_are_put_into_larger_photos_and_read_as_trainers_do(tmp_path):
+    portraits = tmp_path / "people" / "ann" / "set_B"
+    portraits.mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "photos" / "obama-1.jpg", portraits / "one.jpg")
+    ann = own_size.Person(tmp_path / "people", "ann", tmp_path / "out")
+    (photo,) = ann.photos("set_B").iterdir()
+    with Image.open(photo) as image:
+        assert image.size == own_size.SIZE
+        assert len(face_boxes(image.convert("RGB"))) == 1
+    squares = {name: ann.squares(ann.photos("set_B"), reading) for name, reading in own_size.READINGS.items()}
+    assert {name: len(found) for name, found in squares.items() if len(found) != 1} == {"random crop": 3}
+    assert all(found.shape[1:] == (3, 128, 128) for found in squares.values())
+    assert (squares["face"].float() - squares["bilinear"].float()).abs().mean() > 10
+    perturbation = torch.full((1, 3, 128, 128), 6.0)
+    changed = ann.squares(ann.write("six", ann.enlarged(perturbation)), own_size.READINGS["bilinear"])
+    assert (changed.float() - squares["bilinear"].float()).mean() == pytest.approx(6, abs=0.2)
+
+
+def test_each_way_of_a_cloak_is_the_same_in_both_parts():
+    for name, way in own_size.WAYS.items():
+        if way is not None:
+            settings = parsed(["fit", f"--config={ROOT / 'configs' / 'aspl.yaml'}", *way.flags])
+            chosen = settings.model.init_args.parametrisation
+            assert chosen.class_path.rpartition(".")[2] == type(way.parametrisation).__name__, name
+            assert settings.data.init_args.region.widths == way.region.widths
+            if isinstance(way.parametrisation, OwnSize):
+                assert chosen.init_args.oversampling == way.parametrisation.oversampling
+                assert chosen.init_args.views.close == way.parametrisation.views.close
