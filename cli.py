@@ -33,6 +33,7 @@ import datamodules  # noqa: F401
 from antidreambooth.diffusion.loading import read_defaults
 from antidreambooth.diffusion.precision import computes_in_bf16, usual_device
 from antidreambooth.errors import DEBUG, InputError, causes, first_line
+from launch.dry_run import Estimate, dry_run
 from launch.flags import named, require_numbers
 from launch.fsmg_surrogates import train_surrogates
 from launch.help import FIT, TEST, USAGE, WELCOME, Help
@@ -71,6 +72,8 @@ EXPECTED = (  # warnings about what is meant to be so
 class CommandLine(LightningCLI):
     """LightningCLI that keeps all of a run in its folder."""
 
+    estimate: Estimate | None = None  # of a dry run
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One checkpoint in a fixed place, one TensorBoard log, the resolution that the model asks for."""
         parser.add_argument(
@@ -80,6 +83,14 @@ class CommandLine(LightningCLI):
             const=True,
             default=False,
             help="replace the result that an earlier run left in the same folder, once the new one is whole",
+        )
+        parser.add_argument(
+            "--dry_run",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="say how long a fit will take, and how much memory and disk, by running a moment of it; write nothing",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT.items()})
@@ -145,6 +156,9 @@ class CommandLine(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """One run at a time in a folder. Where the GPU's memory is full, says in one line what would help."""
         try:
+            if self.config[subcommand].dry_run:
+                self._estimate(subcommand)
+                return
             with claimed(self.trainer, self.datamodule, subcommand), named(self.config[subcommand]):
                 super()._run_subcommand(subcommand)
         except Exception as error:
@@ -153,6 +167,14 @@ class CommandLine(LightningCLI):
                 raise
             savers = self.model.memory_savers() if isinstance(self.model, BackboneModule) else []
             raise InputError(memory_is_full(error, savers)) from error
+
+    def _estimate(self, subcommand: str) -> None:
+        """Runs a moment of a fit, and says what all of it will take."""
+        if subcommand != "fit":
+            raise InputError("--dry_run is for fit: leave it out")
+        show("trying a moment of the run; nothing is written to its folder")
+        with named(self.config.fit):
+            self.estimate = dry_run(self.trainer, self.model, self.datamodule, self.config.fit, parsed, estimated)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: a checkpoint's settings are compared with the given ones, they never replace them."""
@@ -245,7 +267,9 @@ def main(args: ArgsType = None) -> None:
         else:
             if isinstance(words, list) and not words[0].startswith("-"):
                 require_command(words[0])
-            one_run(args)
+            ran = one_run(args)
+            if ran.estimate is not None and ran.trainer.is_global_zero:
+                print("\n".join(ran.estimate.lines), flush=True)
     except Exception as error:
         message = users_to_mend(error)
         if message is None:
@@ -281,14 +305,21 @@ def parsed(words: list[str]) -> Namespace:
     return settings
 
 
-def one_run(args: ArgsType, command_line: type[CommandLine] = CommandLine) -> None:
+def estimated(words: list[str]) -> Estimate:
+    """What the run of a command line with ``--dry_run`` will take."""
+    found = one_run(words).estimate
+    assert found is not None
+    return found
+
+
+def one_run(args: ArgsType, command_line: type[CommandLine] = CommandLine) -> CommandLine:
     """Lightning's own commands: fit, test and so on."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     options: dict[str, Any] = {"subclass_mode_model": True, "subclass_mode_data": True, "seed_everything_default": 0}
     with warnings.catch_warnings():
         for message in EXPECTED:
             warnings.filterwarnings("ignore", message)
-        command_line(
+        return command_line(
             LightningModule,
             LightningDataModule,
             auto_configure_optimizers=False,

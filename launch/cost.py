@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
+from antidreambooth.attack.parametrisation import Square
 from antidreambooth.diffusion.class_images import cache_folder
 from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.loading import bytes_of_networks, read_defaults, resolution_of, shared_resolution
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import find_photos
+from antidreambooth.photos.original import uncompressed
 from launch.runs import Parse, backbones_of, command
 
 TRAINED = ("unet", "text_encoder")  # the networks that full fine-tuning changes
@@ -33,12 +35,26 @@ class Footprint(NamedTuple):
         run: what stays, whatever the number of photos.
         weights: what is there only while the run goes on.
         class_images: what stays in the user's cache for all runs, by what is drawn: (base model, prompt, resolution).
+        own_size: whether the photos stay at their own size, too.
     """
 
     photo: int
     run: int
     weights: int
     class_images: Mapping[tuple[Source, str, int], int]
+    own_size: bool = False
+
+
+class Photos(NamedTuple):
+    """The photos of a run.
+
+    Args:
+        number: how many.
+        size: their bytes at their own size, not compressed; 0 where that does not matter.
+    """
+
+    number: int
+    size: int = 0
 
 
 class Kind(NamedTuple):
@@ -46,13 +62,13 @@ class Kind(NamedTuple):
 
     Args:
         name: such as ``a victim full``.
-        photos: the number of photos of each run that is left to do.
+        photos: those of each run that is left to do.
         seconds: how long each finished run took.
         footprint: what one run writes, or why that is not known.
     """
 
     name: str
-    photos: Sequence[int]
+    photos: Sequence[Photos]
     seconds: Sequence[float]
     footprint: Footprint | str
 
@@ -85,8 +101,10 @@ def footprint_of_cloak(settings: Namespace, parse: Parse, keep_models: bool = Fa
     elif surrogate is not None:  # ASPL: what learns is in the checkpoint, of which an old one and a new one exist
         weights = sum(2 * size[part] for size in sizes for part in TRAINED) if learns_whole(model) else 0
         drawn = class_images(surrogate, backbones, side)
-    # The cloaked photo and three columns of comparison.png; photos so far and samples are files and in TensorBoard.
-    return Footprint((4 + 2 * progress) * picture, 2 * grids * picture + kept, weights, drawn)
+    # A cloaked square and three columns of comparison.png; photos so far and samples are files and in TensorBoard.
+    own_size = comes_back_whole(model)
+    squares = (3 if own_size else 4) + 2 * progress
+    return Footprint(squares * picture, 2 * grids * picture + kept, weights, drawn, own_size)
 
 
 def footprint_of_victim(settings: Namespace, trained: bool = True, keep_models: bool = False) -> Footprint:
@@ -162,7 +180,8 @@ def disk_line(root: Path, phases: Sequence[Sequence[Kind]], workers: int) -> str
     for kinds in phases:
         for _, photos, _, footprint in kinds:
             if photos and isinstance(footprint, Footprint):
-                stay += footprint.photo * sum(photos) + footprint.run * len(photos)
+                stay += sum(footprint.photo * one.number + footprint.own_size * one.size for one in photos)
+                stay += footprint.run * len(photos)
                 weights = max(weights, footprint.weights * at_a_time(kinds, workers))
                 images |= {key: max(size, images.get(key, 0)) for key, size in footprint.class_images.items()}
     place = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
@@ -179,15 +198,20 @@ def at_a_time(kinds: Sequence[Kind], workers: int) -> int:
     return max(1, min(workers, sum(len(kind.photos) for kind in kinds)))
 
 
-def count_photos(folder: Path) -> int:
-    """How many photos a folder holds; says nothing about its other files, as the run itself does.
+def photos_in(folder: Path, own_size: bool = False) -> Photos:
+    """The photos that a folder holds; says nothing about its other files, as the run itself does.
+
+    Args:
+        folder: of photos.
+        own_size: whether to look at their sizes, in the files' headers.
 
     Raises:
-        InputError: it holds none, or is no folder.
+        InputError: it holds none, is no folder, or one of them cannot be read.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return len(find_photos(folder))
+        paths = find_photos(folder)
+    return Photos(len(paths), sum(map(uncompressed, paths)) if own_size else 0)
 
 
 def picture_of(side: int) -> int:
@@ -202,6 +226,12 @@ def callback(settings: Namespace, name: str) -> dict[str, Any]:
         if entry.class_path.rpartition(".")[2] == name:
             return vars(entry.init_args) if "init_args" in entry else {}
     return {}
+
+
+def comes_back_whole(model: Namespace) -> bool:
+    """Whether a cloaking run gives photos back at their own size."""
+    chosen = model.get("parametrisation")
+    return chosen is None or chosen.class_path.rpartition(".")[2] != Square.__name__
 
 
 def learns_whole(model: Namespace) -> bool:

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
@@ -33,6 +33,27 @@ def train_surrogates(module: FSMG, config: Namespace, fit: Fit, overwrite: bool)
     Raises:
         InputError: one that is there was trained otherwise, or several processes would have to train one.
     """
+    for one in untrained(module, config, overwrite):
+        _refuse_several(config.trainer, one.folder)
+        with _same_seed_afterwards():
+            fit(one.words)
+        gc.collect()  # its weights and moments
+        if not (one.folder / Full.folder).is_dir():
+            how = module.hparams.surrogate
+            raise InputError(f"--model.surrogate {how!r} trains no whole model: FSMG attacks one")
+        write_json(one.folder / "surrogate.json", {"settings": one.settings, "passes": _passes(one.folder)})
+
+
+class Untrained(NamedTuple):
+    """A surrogate that is not there yet: its folder, what it depends on, and the command line that trains it."""
+
+    folder: Path
+    settings: dict[str, Any]
+    words: list[str]
+
+
+def untrained(module: FSMG, config: Namespace, overwrite: bool) -> Iterator[Untrained]:
+    """The surrogates that a run still has to train; see ``train_surrogates``."""
     wanted, data, trainer = module.hparams, config.data.init_args, config.trainer
     if wanted.surrogate is None:
         return
@@ -59,7 +80,6 @@ def train_surrogates(module: FSMG, config: Namespace, fit: Fit, overwrite: bool)
         except InputError:
             if not overwrite:
                 raise
-        _refuse_several(trainer, folder)
         arguments = {
             **{f"model.{name}": value for name, value in model.items() if value is not None},
             "data.photos": photos,
@@ -71,12 +91,8 @@ def train_surrogates(module: FSMG, config: Namespace, fit: Fit, overwrite: bool)
             "checkpoint.every_n_train_steps": 0,
             "overwrite": "true",  # what an interrupted start left there
         }
-        with _same_seed_afterwards():
-            fit(["fit", f"--config={located(victim)}", *(f"--{k}={v}" for k, v in arguments.items()), *flags])
-        gc.collect()  # its weights and moments
-        if not (folder / Full.folder).is_dir():
-            raise InputError(f"--model.surrogate {wanted.surrogate!r} trains no whole model: FSMG attacks one")
-        write_json(folder / "surrogate.json", {"settings": settings, "passes": _passes(folder)})
+        words = ["fit", f"--config={located(victim)}", *(f"--{k}={v}" for k, v in arguments.items()), *flags]
+        yield Untrained(folder, settings, words)
 
 
 def _refuse_several(trainer: Namespace, folder: Path) -> None:

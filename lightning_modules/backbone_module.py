@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from lightning import LightningModule
+from torch import Tensor
 from tqdm import tqdm
 
 from antidreambooth.diffusion.backbone import Backbone, Posterior
@@ -54,6 +56,7 @@ class BackboneModule(LightningModule):
         self.source = Source(backbone, revision, variant)
         self.resolution = resolution_of(self.source, resolution)
         self.preemption = Preemption()
+        self.draw: Callable[..., UInt8[Tensor, "n 3 h w"]] = class_images  # a dry run draws less
 
     def setup(self, stage: str) -> None:
         """Refuses half-true precision, and a run without a step, before any weight is loaded."""
@@ -187,7 +190,7 @@ class BackboneModule(LightningModule):
         def encoded() -> Posterior:
             bar = self._progress("class images")
             with self.trainer.precision_plugin.forward_context():
-                pictures = class_images(
+                pictures = self.draw(
                     backbone, prompt, count, self.resolution, batch=micro_batch, progress=bar, fingerprint=fingerprint
                 )
             return backbone.encode_all(to_float(pictures).to(self.place), micro_batch)

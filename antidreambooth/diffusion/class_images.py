@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +60,14 @@ def class_images(
     Raises:
         InputError: they cannot be written to the cache, or are none: nothing but one colour, or not finite.
     """
-    batch, kind = min(batch, BATCH), backbone.alphas_cumprod.device.type
-    made_by: dict[str, Any] = {
-        "backbone": fingerprint or backbone.fingerprint(),
-        "prompt": prompt,
-        "resolution": resolution,
-        "seed": seed,
-        "batch": batch,  # a batch of another size rounds differently
-        "guidance_scale": backbone.defaults.guidance_scale,
-        "sampling_steps": backbone.defaults.sampling_steps,
-        **({"autocast": str(torch.get_autocast_dtype(kind))} if autocasts(kind) else {}),
-    }
-    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder() / key
-    files = [folder / f"{index:04d}.png" for index in range(count)]
+    batch = min(batch, BATCH)
+    folder = folder_of(backbone, prompt, resolution, seed, batch, fingerprint)
+    files = files_of(folder, count)
     with writing(folder, "make room and make it writable, or name another cache folder with XDG_CACHE_HOME"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_suffix(".lock")).acquire()
     with lock:
-        starts = [s for s in range(0, count, batch) if not all(file.is_file() for file in files[s : s + batch])]
-        for start in progress(starts):
+        for start in progress(left_to_draw(files, batch)):
             # Always a whole batch, so that the pictures do not depend on how many were asked for.
             noise = noise_of(backbone, resolution, range(start, start + batch), seed)
             pictures = sample(backbone, prompt, noise).cpu()
@@ -91,3 +79,31 @@ def class_images(
             for file, picture in zip(files[start:], pictures, strict=False):
                 write_png(file, picture)
     return torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+
+
+def folder_of(
+    backbone: Backbone, prompt: str, resolution: int, seed: int = 0, batch: int = BATCH, fingerprint: str | None = None
+) -> Path:
+    """Where ``class_images`` keeps what it draws, for the same arguments; need not exist."""
+    kind = backbone.alphas_cumprod.device.type
+    made_by: dict[str, Any] = {
+        "backbone": fingerprint or backbone.fingerprint(),
+        "prompt": prompt,
+        "resolution": resolution,
+        "seed": seed,
+        "batch": batch,  # a batch of another size rounds differently
+        "guidance_scale": backbone.defaults.guidance_scale,
+        "sampling_steps": backbone.defaults.sampling_steps,
+        **({"autocast": str(torch.get_autocast_dtype(kind))} if autocasts(kind) else {}),
+    }
+    return cache_folder() / hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def files_of(folder: Path, count: int) -> list[Path]:
+    """The files of so many class images, there or not."""
+    return [folder / f"{index:04d}.png" for index in range(count)]
+
+
+def left_to_draw(files: Sequence[Path], batch: int) -> list[int]:
+    """The first image of each batch of which an image is missing."""
+    return [s for s in range(0, len(files), batch) if not all(file.is_file() for file in files[s : s + batch])]

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8, UInt16
@@ -19,10 +20,11 @@ from antidreambooth.photos.decoding import (
     on_background,
     open_photo,
     orientation,
+    read,
     separate,
     to_srgb,
 )
-from antidreambooth.photos.formats import why_undecoded
+from antidreambooth.photos.formats import FORMATS, why_undecoded, why_unknown
 from antidreambooth.photos.metadata import Metadata, colour_chunks, metadata_of
 
 ROWS = 256  # worked on at a time, so that nothing of a large photo's size is held but the photo
@@ -132,6 +134,23 @@ def original_of(image: Image.Image, name: str, data: bytes = b"") -> Original:
         whole=Metadata(whole.exif, whole.xmp, whole.iptc, (*whole.removed, *lost)),
         chunks=colour_chunks(data),
     )
+
+
+def uncompressed(path: Path) -> int:
+    """Bytes of a photo's numbers, alpha included, at the most: from its header, without decoding it.
+
+    Raises:
+        InputError: the file cannot be read, or is no photo.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with decoding(path.name, lambda: why_unknown(read(path))), path.open("rb") as file:
+            image = Image.open(file, formats=FORMATS)
+            file.seek(0)
+            deep = image.mode.startswith("I") or sixteen.is_deep(image, file.read(_BEGINNING))
+            grey = image.mode in ("1", "L") or image.mode.startswith("I")
+            channels = 4 if image.has_transparency_data else 1 if grey else 3
+            return image.width * image.height * channels * (2 if deep else 1)
 
 
 def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jsonargparse import Namespace
 
 from antidreambooth.errors import InputError
-from launch.cost import Kind, count_photos, disk_line, footprint_of_cloak, time_line
+from launch.cost import Kind, Photos, disk_line, footprint_of_cloak, photos_in, time_line
 from launch.jobs import workers_of
 from launch.people.folders import People
 from launch.runs import Parse
@@ -32,35 +32,38 @@ def plan(job: People, found: list[State], settings: Namespace, parse: Parse) -> 
         settings: of everybody's run.
         parse: gives the settings of a command line of this project.
     """
-    counted = {one.person: photos_of(job.everyone[one.person].photos) for one in found}
+    footprint = footprint_of_cloak(settings, parse)
+    counted = {one.person: photos_of(job.everyone[one.person].photos, footprint.own_size) for one in found}
     left = [one for one in found if one.seconds is None]
-    photos = [count for one in left if isinstance(count := counted[one.person], int)]
+    photos = [known for one in left if isinstance(known := counted[one.person], Photos)]
     workers = max(1, min(workers_of(job.launcher), len(photos)))
     width = max(len(one.person) for one in found)
     lines = [f"{one.person:<{width}}  {described(one, counted[one.person])}" for one in found]
+    number = sum(one.number for one in photos)
     done, before = sum(one.state == "done" for one in found), sum(one.state == "failed" for one in left)
     other = len(found) - len(left) - done
     lines.append(
         f"{len(found)} people: {done} done, {f'{other} done with other settings, ' if other else ''}{len(left)} to do "
-        f"({before} of them failed before), {sum(photos)} photos, {workers} at a time ({job.launcher.cluster})"
+        f"({before} of them failed before), {number} photos, {workers} at a time ({job.launcher.cluster})"
     )
     if photos:
         seconds = [one.seconds for one in found if one.state == "done" and one.seconds is not None]
-        phases = [[Kind("a person", photos, seconds, footprint_of_cloak(settings, parse))]]
+        phases = [[Kind("a person", photos, seconds, footprint)]]
         lines += [time_line(phases, workers), disk_line(job.root, phases, workers)]
     return lines
 
 
-def photos_of(folder: Path) -> int | str:
-    """How many photos a folder holds, or what is wrong with it."""
+def photos_of(folder: Path, own_size: bool) -> Photos | str:
+    """The photos that a folder holds, or what is wrong with it."""
     try:
-        return count_photos(folder)
+        return photos_in(folder, own_size)
     except InputError as error:
         return str(error)
 
 
-def described(one: State, photos: int | str) -> str:
+def described(one: State, photos: Photos | str) -> str:
     """A person in the plan."""
     if isinstance(photos, str):
         return f"fails: {photos}"
-    return f"{photos} photos, {'to do' if one.state == 'waiting' else one.state}{f': {one.error}' if one.error else ''}"
+    state = "to do" if one.state == "waiting" else one.state
+    return f"{photos.number} photos, {state}{f': {one.error}' if one.error else ''}"

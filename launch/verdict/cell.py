@@ -32,6 +32,7 @@ from launch.runs import Fit, cloak_photos, contents, finished, located, of_base_
 
 BASE = "base"  # the protection of the control, a base model that is trained on nobody
 CALLBACKS = '[{"class_path": "TrainedModel"}, {"class_path": "Likeness"}]'
+FORM = {"model.parametrisation": "Square"}  # of all cloaks: in which figures are comparable, old ones and new
 Origin = Literal["none", "noise", "folder", "run"]  # published photos: as they were, noisy, given, cloaked by us
 
 
@@ -203,8 +204,8 @@ def make_cloak(cloak: Cloak, fit: Fit) -> None:
     """Cloaks a person's photos, or resumes an interrupted run; does nothing where the photos are cloaked already."""
     given = {
         **of_base_model(cloak.backbone, cloak.how),
+        **FORM,
         "model.budget": cloak.budget,
-        "model.parametrisation": "Square",  # the form in which figures are comparable, old ones and new
         "data.photos": cloak.folders.photos,
         "data.clean_photos": cloak.folders.clean_photos,
         "seed_everything": cloak.seed,

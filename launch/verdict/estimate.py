@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from antidreambooth.errors import InputError
-from launch.cost import Footprint, Kind, count_photos, disk_line, footprint_of_cloak, footprint_of_victim, time_line
+from launch.cost import Footprint, Kind, disk_line, footprint_of_cloak, footprint_of_victim, photos_in, time_line
 from launch.jobs import Launcher, workers_of
 from launch.runs import Parse, command, of_base_model
-from launch.verdict.cell import Cell, Cloak
+from launch.verdict.cell import FORM, Cell, Cloak
 from launch.verdict.experiment import Resolved
 
 
@@ -49,7 +49,7 @@ def estimate(tasks: Resolved, launcher: Launcher, root: Path, parse: Parse) -> l
         to_make = sum(cloak.person == person for cloak in cloaks)
         to_train = sum(cell.cloak.person == person for cell in victims)
         left = f"{to_make} cloaks and {to_train} victims to do" if to_make or to_train else "done"
-        lines.append(f"{person:<{width}}  {count_photos(Path(folders.photos))} photos, {left}")
+        lines.append(f"{person:<{width}}  {photos_in(Path(folders.photos)).number} photos, {left}")
     workers, controls = workers_of(launcher), len(cells) - len(victims)
     lines.append(
         f"{len(people)} people: {len(cloaks)} cloaks and {len(victims)} victims to do"
@@ -69,7 +69,7 @@ def run_of_cloak(cloak: Cloak, parse: Parse) -> Run:
     """A run that cloaks somebody's photos."""
 
     def footprint() -> Footprint:
-        settings = parse(command(cloak.how, of_base_model(cloak.backbone, cloak.how)))
+        settings = parse(command(cloak.how, {**of_base_model(cloak.backbone, cloak.how), **FORM}))
         return footprint_of_cloak(settings, parse, cloak.keep_models)
 
     return Run(f"a cloak {cloak.protection}", cloak.record, cloak.source, footprint)
@@ -93,7 +93,7 @@ def kinds(runs: Sequence[Run]) -> list[Kind]:
         left = [run for run in same if not run.record.is_file()]
         done = [json.loads(run.record.read_text(encoding="utf-8")) for run in same if run.record.is_file()]
         footprint = usable(left[0].footprint) if left else "nothing is left"
-        found.append(Kind(name, [count_photos(run.photos) for run in left], [r["seconds"] for r in done], footprint))
+        found.append(Kind(name, [photos_in(run.photos) for run in left], [r["seconds"] for r in done], footprint))
     return found
 
 

@@ -47,11 +47,19 @@ def claimed(trainer: Trainer, data: Any, stage: str) -> Iterator[None]:
     Raises:
         InputError: a photo is of no use, or another run is at work in the folder.
     """
-    root = Path(trainer.default_root_dir)
-    data.setup(stage)
-    require_apart(root, data.files)
-    with locked(root, ANOTHER) if trainer.is_global_zero else nullcontext():
+    read_photos(trainer, data, stage)
+    with locked(Path(trainer.default_root_dir), ANOTHER) if trainer.is_global_zero else nullcontext():
         yield
+
+
+def read_photos(trainer: Trainer, data: Any, stage: str) -> None:
+    """Reads the photos, and sees that the run will not write to them; see ``claimed``.
+
+    Raises:
+        InputError: a photo is of no use.
+    """
+    data.setup(stage)
+    require_apart(Path(trainer.default_root_dir), data.files)
 
 
 def begin_fit(trainer: Trainer, data: Any, ckpt_path: str | None, overwrite: bool) -> str | None:
@@ -71,13 +79,19 @@ def begin_fit(trainer: Trainer, data: Any, ckpt_path: str | None, overwrite: boo
     Raises:
         InputError: something would be lost, or cannot be used.
     """
+    found = look_at(trainer, data, ckpt_path, overwrite)
+    if trainer.is_global_zero:
+        clear(Path(trainer.default_root_dir), overwrite and found is None)
+    if found is not None and Path(found).is_file():
+        compute_as_before(read_checkpoint(Path(found)))
+    return found
+
+
+def look_at(trainer: Trainer, data: Any, ckpt_path: str | None, overwrite: bool) -> str | None:
+    """The same without changing anything; see ``begin_fit``."""
     root = Path(trainer.default_root_dir)
     found = checkpoint_of(root, ckpt_path, trainer.max_epochs)
     require_fit(root, data.record(), found, overwrite)
-    if trainer.is_global_zero:
-        clear(root, overwrite and found is None)
-    if found is not None and Path(found).is_file():
-        compute_as_before(read_checkpoint(Path(found)))
     return found
 
 

@@ -5,7 +5,7 @@ import yaml
 
 from antidreambooth.diffusion.source import Source
 from cli import main, parsed
-from launch.cost import Footprint, Kind, disk_line, duration, footprint_of_cloak, footprint_of_victim, time_line
+from launch.cost import Footprint, Kind, Photos, disk_line, duration, footprint_of_cloak, footprint_of_victim, time_line
 from tests.conftest import ROOT
 
 CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
@@ -74,11 +74,11 @@ def test_a_victim_leaves_as_many_pictures_and_weights_as_were_counted(photos, sm
     counted, kept = footprint_of_victim(parsed(test)), footprint_of_victim(parsed(test), keep_models=True)
     main(["fit", *words, f"--data.photos={photos}"])
     assert counted.weights == pytest.approx(weights_in(root / "model"), rel=0.1)
-    assert kept == (counted.photo, counted.run + counted.weights, 0, {})
+    assert kept == Footprint(counted.photo, counted.run + counted.weights, 0, {})
     main(test)
     assert len(list(root.glob("images/*.png"))) == 2 * 3
     assert counted[:2] == (PICTURE, 3 * 2 * 3 * PICTURE)
-    assert footprint_of_victim(parsed(test), trained=False) == (0, counted.run, 0, {})
+    assert footprint_of_victim(parsed(test), trained=False) == Footprint(0, counted.run, 0, {})
 
 
 def test_what_is_trained_decides_what_weights_are_written(small_model):
@@ -118,8 +118,12 @@ def test_the_disk_line_adds_up(tmp_path):
     m = Source("m")
     one, two = Footprint(1_000_000, 500_000, 3_000_000, {(m, "p", 8): 1_000_000}), "its command line is wrong"
     other = Footprint(0, 500_000, 4_000_000, {(m, "p", 8): 2_000_000, (m, "q", 8): 1_000_000})
-    cloaks = [Kind("a cloak x", [4, 4, 2], [], one)]
-    cells = [Kind("a victim y", [4], [], other), Kind("a victim z", [4], [], two), Kind("a victim done", [], [1.0], "")]
+    cloaks = [Kind("a cloak x", [Photos(4, 10), Photos(4, 20), Photos(2, 30)], [], one)]
+    cells = [
+        Kind("a victim y", [Photos(4)], [], other),
+        Kind("a victim z", [Photos(4)], [], two),
+        Kind("a victim done", [], [1.0], ""),
+    ]
     line = disk_line(tmp_path / "later", [cloaks, cells], 2)
     # Ten photos and three runs of the first kind, a run of the second; weights of two at a time; no image twice.
     start = f"disk: at most 12.0 MB to stay in {tmp_path / 'later'}, and on the way 8.0 MB for weights, and 3.0 MB for"
@@ -139,7 +143,7 @@ def test_the_disk_line_adds_up(tmp_path):
     ],
 )
 def test_the_time_is_that_of_finished_runs(phases, workers, expected):
-    made = [[Kind(name, [4] * left, seconds, "unknown") for name, left, seconds in kinds] for kinds in phases]
+    made = [[Kind(name, [Photos(4)] * left, seconds, "unknown") for name, left, seconds in kinds] for kinds in phases]
     line = time_line(made, workers)
     assert line.startswith("time: ")
     assert expected in line
