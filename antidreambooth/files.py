@@ -91,6 +91,8 @@ def replacing(folder: Path) -> Iterator[Path]:
                 folder.rename(old)
             fresh.rename(folder)
         finally:
+            if old.exists() and not folder.exists():  # Ctrl-C, or an error, between the two renames
+                old.rename(folder)
             for left in (fresh, old):
                 shutil.rmtree(left, ignore_errors=True)
 

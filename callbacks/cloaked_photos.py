@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,10 +87,14 @@ class CloakedPhotos(Callback):
         if before and before.get("complete", True):
             log.warning("interrupted: the finished result of an earlier run stays, that of this one is not written")
         elif rounds_of(trainer, pl_module):
+            log.warning("told to stop: writing the photos as they are now; Ctrl-C leaves without that")
             try:
-                self._write(trainer, pl_module, complete=False)
+                with heeding_ctrl_c():
+                    self._write(trainer, pl_module, complete=False)
             except InputError as error:  # the interruption is what ends the run
                 log.warning(str(error))
+            except KeyboardInterrupt:
+                log.warning("told to stop once more: no photo is written; an earlier result is as it was")
 
     def _write(self, trainer: Trainer, pl_module: Any, complete: bool) -> None:
         if not trainer.is_global_zero:
@@ -97,9 +105,10 @@ class CloakedPhotos(Callback):
         seen: list[tuple[Tensor, Tensor]] = []
         finished = data.parametrisation.finish(data.canvas, state, data.photos, budget, data.delivery)
         names = cloaked_names([photo.name for photo in data.photos])
-        bar = tqdm(zip(data.photos, names, finished, strict=True), "writing photos", len(names), leave=False)
-        with replacing(root / "cloaked") as folder:
-            for photo, name, one in bar:
+        pixels = sum(width * height for width, height in (photo.size for photo in data.photos))
+        bar = tqdm(desc="writing photos", total=pixels, unit="pixel", unit_scale=True, leave=False)
+        with replacing(root / "cloaked") as folder, bar:
+            for photo, name, one in zip(data.photos, names, finished, strict=True):
                 file = Path(name).with_suffix(one.file.suffix)
                 write_atomically(folder / file, one.file.data)
                 source = {"source": photo.name, "sha256": photo.sha256}
@@ -107,10 +116,17 @@ class CloakedPhotos(Callback):
                 result = {"cloaked": f"cloaked/{file}", "cloaked_sha256": written}
                 entries.append({**source, **result, **described(one)})
                 seen.append((one.seen_before, one.seen_after))
-        befores, afters = (list(pictures) for pictures in zip(*seen, strict=True))
-        write_png(root / "comparison.png", comparison(befores, afters, int(budget)))
-        record = pl_module.record()
-        manifest = {
+                bar.update(photo.size[0] * photo.size[1])
+            befores, afters = (list(pictures) for pictures in zip(*seen, strict=True))
+            picture = comparison(befores, afters, int(budget))
+            manifest = self._manifest(trainer, pl_module, entries, complete)
+        write_json(root / MANIFEST, manifest)
+        write_png(root / "comparison.png", picture)
+
+    @staticmethod
+    def _manifest(trainer: Trainer, pl_module: Any, entries: list[dict[str, Any]], complete: bool) -> dict[str, Any]:
+        record, data = pl_module.record(), trainer.datamodule  # type: ignore[attr-defined]
+        return {
             "settings": {
                 **record["settings"],
                 "max_epochs": trainer.max_epochs,
@@ -126,13 +142,25 @@ class CloakedPhotos(Callback):
             "photos": entries,
             "complete": complete,
         }
-        write_json(root / MANIFEST, manifest)
 
     @staticmethod
     def _state(trainer: Trainer, pl_module: Any) -> Tensor:
         """What the photos are now, on the CPU."""
         state: Tensor = trainer.datamodule.canvas.blank + pl_module.perturbation.cpu()  # type: ignore[attr-defined]
         return state
+
+
+@contextmanager
+def heeding_ctrl_c() -> Iterator[None]:
+    """Inside, Ctrl-C interrupts; Lightning ignores it from the first one on, and large photos take minutes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def rounds_of(trainer: Trainer, pl_module: Any) -> int:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from antidreambooth.attack.canvas import Canvas
 from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
 from antidreambooth.attack.rounds import Photos
 from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.faces import Dlib, belonging, reference
-from antidreambooth.photos.decoding import Photo
+from antidreambooth.photos.decoding import Photo, find_photos
 from antidreambooth.photos.delivery import Delivery
 from antidreambooth.photos.regions import Person, Region, find_masks
 from antidreambooth.provenance import describe, require_originals
@@ -58,13 +60,20 @@ class Protection(LightningDataModule):
         """Decodes every photo, so that a bad one is found before a model is loaded."""
         if self.photos:
             return
-        load = self.parametrisation.load
-        others = load(Path(self.clean_source), self.resolution) if self.clean_source else None
-        self.photos = load(Path(self.source), self.resolution, self.region, self._person(others))
+        others = self._read(self.clean_source) if self.clean_source else None
+        if self.region.mask is not None:
+            find_masks(Path(self.region.mask), find_photos(Path(self.source)))  # all of them, before any is read
+        self.photos = self._read(self.source, self.region, self._person(others))
         self.clean = others or self.photos
         if not self.again:
             advice = "give the original, or cloak it once more with --data.again true"
             require_originals([(photo.path, photo.sha256) for photo in (*self.photos, *self.clean)], advice)
+
+    def _read(self, source: str, *where: Any) -> list[Photo]:
+        """Photos one by one, with a bar where they take a while: of a large one, faces are looked for."""
+        silent, load = getattr(rank_zero_only, "rank", 0) > 0, self.parametrisation.load
+        bar = tqdm(find_photos(Path(source)), "reading photos", leave=False, delay=2, disable=silent)
+        return [photo for path in bar for photo in load(path, self.resolution, *where)]
 
     def _person(self, clean: list[Photo] | None) -> Person | None:
         """Tells the person's faces by those of the clean photos, where the region is about them.

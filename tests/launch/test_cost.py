@@ -4,8 +4,19 @@ import pytest
 import yaml
 
 from antidreambooth.diffusion.source import Source
+from antidreambooth.photos.original import read_original
 from cli import main, parsed
-from launch.cost import Footprint, Kind, Photos, disk_line, duration, footprint_of_cloak, footprint_of_victim, time_line
+from launch.cost import (
+    Footprint,
+    Kind,
+    Photos,
+    disk_line,
+    duration,
+    footprint_of_cloak,
+    footprint_of_victim,
+    photos_in,
+    time_line,
+)
 from tests.conftest import ROOT
 
 CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
@@ -20,7 +31,8 @@ def weights_in(*folders):
     return sum(file.stat().st_size for folder in folders for file in folder.rglob("*.safetensors"))
 
 
-def test_a_cloak_leaves_as_many_pictures_as_were_counted(photos, small_model, tmp_path):
+@pytest.mark.parametrize("form", ["OwnSize", "Square"])
+def test_a_cloak_leaves_as_many_pictures_as_were_counted(photos, small_model, tmp_path, form):
     config = yaml.safe_load((ROOT / "configs" / "aspl.yaml").read_text())
     config["trainer"]["callbacks"] = [
         {"class_path": "CloakedPhotos", "init_args": {"every_n_epochs": 2}},
@@ -40,14 +52,18 @@ def test_a_cloak_leaves_as_many_pictures_as_were_counted(photos, small_model, tm
         f"--data.photos={photos}",
         f"--trainer.default_root_dir={root}",
         "--checkpoint.every_n_epochs=6",
+        *([] if form == "OwnSize" else ["--model.parametrisation=Square"]),  # the former is what is usual
     ]
     counted = footprint_of_cloak(parsed(words), parsed)
     assert not root.exists()
     main(words)
-    cloaked, progress = len(list(root.glob("cloaked/*.png"))), len(list(root.glob("progress/*/*.png")))
+    cloaked, progress = len(list(root.glob("cloaked/*"))), len(list(root.glob("progress/*/*.png")))
     samples = 2 * len(list(root.glob("samples/*.png")))
     assert (cloaked, progress, samples) == (3, 9, 4)
-    assert counted.photo * 3 == (4 * cloaked + 2 * progress) * PICTURE
+    known = photos_in(photos, counted.own_size)
+    sizes = [read_original(path.read_bytes(), path.name).numbers.nbytes for path in root.glob("cloaked/*")]
+    assert counted.photo * known.number + known.size == 3 * 3 * PICTURE + sum(sizes) + 2 * progress * PICTURE
+    assert sum(sizes) == (3 * 3 * 20 * 24 if form == "OwnSize" else 3 * PICTURE)
     assert counted.run == 2 * samples * PICTURE
     (checkpoint,) = root.glob("checkpoints/*.ckpt")
     assert counted.weights / 2 == pytest.approx(checkpoint.stat().st_size, abs=100_000)
@@ -116,17 +132,19 @@ def test_class_images_are_those_of_the_prior(small_model):
 
 def test_the_disk_line_adds_up(tmp_path):
     m = Source("m")
-    one, two = Footprint(1_000_000, 500_000, 3_000_000, {(m, "p", 8): 1_000_000}), "its command line is wrong"
+    one = Footprint(1_000_000, 500_000, 3_000_000, {(m, "p", 8): 1_000_000}, own_size=True)
+    two = "its command line is wrong"
     other = Footprint(0, 500_000, 4_000_000, {(m, "p", 8): 2_000_000, (m, "q", 8): 1_000_000})
-    cloaks = [Kind("a cloak x", [Photos(4, 10), Photos(4, 20), Photos(2, 30)], [], one)]
+    cloaks = [Kind("a cloak x", [Photos(4, 100_000), Photos(4, 200_000), Photos(2, 300_000)], [], one)]
     cells = [
-        Kind("a victim y", [Photos(4)], [], other),
+        Kind("a victim y", [Photos(4, 900_000)], [], other),
         Kind("a victim z", [Photos(4)], [], two),
         Kind("a victim done", [], [1.0], ""),
     ]
     line = disk_line(tmp_path / "later", [cloaks, cells], 2)
-    # Ten photos and three runs of the first kind, a run of the second; weights of two at a time; no image twice.
-    start = f"disk: at most 12.0 MB to stay in {tmp_path / 'later'}, and on the way 8.0 MB for weights, and 3.0 MB for"
+    # Ten photos, at their own size, too, and three runs of the first kind, a run of the second; weights of two at a
+    # time; no image twice.
+    start = f"disk: at most 12.6 MB to stay in {tmp_path / 'later'}, and on the way 8.0 MB for weights, and 3.0 MB for"
     assert line.startswith(start)
     assert line.endswith(" are free; without a victim z (its command line is wrong)")
 
