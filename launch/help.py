@@ -26,6 +26,7 @@ Runs the job that a config file describes: cloaking photos, or training an attac
 
   python cli.py fit -c configs/aspl.yaml                          the example photos, with the small model
   python cli.py fit -c configs/aspl.yaml --data.photos ~/me --trainer.default_root_dir outputs/me
+  python cli.py fit -c configs/aspl.yaml --data.photos ~/me --dry_run     how much time, memory and disk it will take
   python cli.py fit -c configs/aspl.yaml --trainer.default_root_dir outputs/me --ckpt_path last     resume
   python cli.py fit -c configs/aspl.yaml -c configs/trainer/low-memory.yaml                         a small GPU
   python cli.py fit -c configs/dreambooth.yaml --data.photos outputs/me/cloaked                     an attacker

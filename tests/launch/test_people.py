@@ -396,17 +396,29 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(ask, failed, folder, ou
     text = capsys.readouterr().out
     for line in (
         r"ann +2 photos, done",
-        r"bob +1 photos, failed: bad.jpg cannot be decoded.*",
+        r"bob +fails: bad.jpg cannot be decoded.*",
         r"empty +fails: .* holds no photo.*",
         rf"{re.escape(ODD)} +1 photos, to do",
         r"eve +1 photos, failed: .*eve was made with other settings.*",
-        r"5 people: 1 done, 1 done with other settings, 3 to do \(1 of them failed before\), 2 photos, "
-        r"2 at a time \(local\)",
+        r"5 people: 1 done, 1 done with other settings, 3 to do \(1 of them failed before\), 1 photos, "
+        r"1 at a time \(local\)",
         r"time: about 90 s, from the median of those that are finished \(a person 90 s\)",
         r"disk: at most [\d.]+ MB to stay in .*/out, and on the way [\d.]+ MB for weights, "
         r"and [\d.]+ MB for class images in .*/class-images where they are not there; [\d.]+ .B are free",
     ):
         assert re.search(f"^{line}$", text, re.M), line
+
+
+def test_the_plan_counts_photos_at_their_own_size_unless_squares_come_back(ask, folder, capsys):
+    def megabytes(*flags):
+        ask("--dry_run", "--names=[ann]", how=" ".join(["configs/aspl.yaml", CPU, *flags]))
+        (stays,) = re.findall(r"at most ([\d.]+) MB to stay", capsys.readouterr().out)
+        return float(stays)
+
+    small, squares = megabytes(), megabytes("--model.parametrisation Square")
+    Image.new("RGB", (1000, 700)).save(folder / "ann" / "large.png")
+    assert megabytes() == pytest.approx(small + 2.1, abs=0.11)
+    assert megabytes("--model.parametrisation Square") == pytest.approx(squares, abs=0.11)
 
 
 @pytest.mark.parametrize("method", ["aspl", "fsmg", "advdm", "e-aspl"])

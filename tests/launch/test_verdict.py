@@ -28,11 +28,12 @@ from antidreambooth.errors import InputError
 from antidreambooth.evaluation.conditions import JPEG, Scene
 from antidreambooth.files import locked, write_json
 from cli import main, parsed
-from launch.cost import duration
+from launch.cost import duration, footprint_of_cloak
 from launch.jobs import Launcher, run_jobs, workers_of
-from launch.runs import contents
+from launch.runs import command, contents
 from launch.verdict.cell import BASE, Cell, Person, arriving, make_cloak, originals, protected, run_cell
 from launch.verdict.command import parser, read_experiment, verdict
+from launch.verdict.estimate import run_of_cloak
 from launch.verdict.experiment import Experiment
 from tests.conftest import ROOT, random_images
 from tests.conftest import contents as contents_of
@@ -132,6 +133,16 @@ def test_names_are_a_file_format(people):
             "aspl-8-s0-jpeg75-half-full-v1",
         )
     ]
+
+
+def test_squares_are_made_and_counted(people, small_model, fit):
+    """Whatever comes back otherwise, figures are compared in this form."""
+    cloak = experiment_of(people, backbone=str(small_model)).resolve().cloaks[0]
+    make_cloak(cloak, fit)
+    assert "--model.parametrisation=Square" in fit.commands[0]
+    footprint = run_of_cloak(cloak, parsed).footprint()
+    assert not footprint.own_size
+    assert footprint_of_cloak(parsed(command(cloak.how, {})), parsed).own_size
 
 
 def test_a_cell_needs_no_experiment(people, small_model, fit):
