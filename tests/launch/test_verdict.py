@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import launch.jobs
+import launch.runs
 import launch.tasks
 import launch.verdict.command
 import lightning_modules.victim
@@ -30,7 +31,7 @@ from antidreambooth.files import locked, write_json
 from cli import main, parsed
 from launch.cost import duration, footprint_of_cloak
 from launch.jobs import Launcher, run_jobs, workers_of
-from launch.runs import command, contents
+from launch.runs import contents
 from launch.verdict.cell import BASE, Cell, Person, arriving, make_cloak, originals, protected, run_cell
 from launch.verdict.command import parser, read_experiment, verdict
 from launch.verdict.estimate import run_of_cloak
@@ -142,7 +143,7 @@ def test_squares_are_made_and_counted(people, small_model, fit):
     assert "--model.parametrisation=Square" in fit.commands[0]
     footprint = run_of_cloak(cloak, parsed).footprint()
     assert not footprint.own_size
-    assert footprint_of_cloak(parsed(command(cloak.how, {})), parsed).own_size
+    assert footprint_of_cloak(parsed(launch.runs.command(cloak.how, {})), parsed).own_size
 
 
 def test_a_cell_needs_no_experiment(people, small_model, fit):
