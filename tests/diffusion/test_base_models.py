@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from antidreambooth import cloak
+from antidreambooth.attack.methods import Settings
+from antidreambooth.attack.parametrisation import Square
 from antidreambooth.diffusion import loading
 from antidreambooth.diffusion.families.stable_diffusion import NETWORKS
 from antidreambooth.diffusion.integrity import not_finite
@@ -330,7 +332,8 @@ def test_a_size_that_the_model_cannot_take_is_refused(small_model, wanted, ways)
 
 @pytest.mark.parametrize("wanted", [4, 6, 14, 16, 22])
 def test_any_other_size_works(small_model, wanted):
-    (picture,) = cloak(pillows(), backbone=str(small_model), method="aspl", rounds=1, resolution=wanted)
+    squares = Settings(parametrisation=Square())
+    (picture,) = cloak(pillows(), str(small_model), "aspl", settings=squares, rounds=1, resolution=wanted)
     assert picture.size == (wanted, wanted)
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from safetensors.torch import save_file
 
+from antidreambooth.attack.parametrisation import Square
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.weights import Weights
 from callbacks import TrainedModel
@@ -106,8 +107,8 @@ def fit(out, name, module, data, epochs, checkpoint=None, precision="32-true", *
 def main(out, model, photos, names):
     """Every strategy: ASPL in one go, in two parts, without giving the weights back; and the victim."""
     for name in names:
-        protect = lambda: Protection(photos, resolution=16)  # noqa: E731
-        aspl = lambda: ASPL(backbone=model, surrogate=SURROGATE, pgd_steps=2)  # noqa: E731
+        protect = lambda: Protection(photos, resolution=16, parametrisation=Square())  # noqa: E731
+        aspl = lambda: ASPL(backbone=model, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())  # noqa: E731
         fit(out, f"{name}_aspl", aspl(), protect(), ROUNDS)
         half = fit(out, f"{name}_parts", aspl(), protect(), 1)
         fit(out, f"{name}_parts", aspl(), protect(), ROUNDS, half)

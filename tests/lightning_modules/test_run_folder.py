@@ -41,7 +41,7 @@ def test_a_second_start_is_refused_before_anything_is_computed(command, finished
 def test_overwriting_replaces_the_result_and_is_not_kept_in_the_config(command, finished, photos, tmp_path):
     (photos / "b.jpg").unlink()
     main(command("--overwrite", "--seed_everything=1"))
-    assert sorted(path.name for path in (tmp_path / "out" / "cloaked").iterdir()) == ["a.png", "c.png"]
+    assert sorted(path.name for path in (tmp_path / "out" / "cloaked").iterdir()) == ["a.png", "c.webp"]
     assert files(tmp_path / "out")["a.png"] != finished["a.png"]
     assert "overwrite: false" in (tmp_path / "out" / "tensorboard" / "config.yaml").read_text()
     refused(command(), "holds a finished run")

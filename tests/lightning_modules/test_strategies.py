@@ -16,6 +16,7 @@ from torchvision.utils import save_image
 
 from antidreambooth.attack.canvas import STEP
 from antidreambooth.attack.objectives import Denoising
+from antidreambooth.attack.parametrisation import Square
 from antidreambooth.attack.perturbation import pixel_gradient
 from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.loading import load_backbone
@@ -251,7 +252,7 @@ def test_what_two_ranks_wrote_one_goes_on_with(base, started, name, monkeypatch,
     monkeypatch.setenv("PL_GLOBAL_SEED", str(SEED))
     monkeypatch.setenv("XDG_CACHE_HOME", str(started / "cache"))
     model, folder = base
-    module = ASPL(backbone=str(model), surrogate=SURROGATE, pgd_steps=2)
+    module = ASPL(backbone=str(model), surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=ROUNDS + 1,
@@ -262,7 +263,8 @@ def test_what_two_ranks_wrote_one_goes_on_with(base, started, name, monkeypatch,
         enable_model_summary=False,
     )
     checkpoint = started / f"{name}_aspl" / "checkpoints" / "last.ckpt"
-    trainer.fit(module, Protection(str(folder / "photos"), resolution=16), ckpt_path=str(checkpoint))
+    data = Protection(str(folder / "photos"), resolution=16, parametrisation=Square())
+    trainer.fit(module, data, ckpt_path=str(checkpoint))
     assert trainer.current_epoch == ROUNDS + 1
     moved = (module.perturbation - held(started, f"{name}_aspl")["perturbation"]).abs()
     assert 0 < moved.max() <= 2 * 0.8 * STEP + 1e-6  # one round of two steps from where they stopped
