@@ -26,6 +26,7 @@ from antidreambooth.diffusion.loading import load_backbone, resolution_of
 from antidreambooth.diffusion.sampling import noise_of, sample
 from antidreambooth.diffusion.source import Source, locate
 from antidreambooth.errors import InputError
+from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from cli import main
 from launch.verdict.cell import Person, make_cloak
 from launch.verdict.experiment import Experiment
@@ -332,7 +333,8 @@ def test_a_size_that_the_model_cannot_take_is_refused(small_model, wanted, ways)
 
 @pytest.mark.parametrize("wanted", [4, 6, 14, 16, 22])
 def test_any_other_size_works(small_model, wanted):
-    squares = Settings(parametrisation=Square())
+    few = DreamBooth(prior=PriorPreservation(images=4))
+    squares = Settings(training=few, parametrisation=Square())
     (picture,) = cloak(pillows(), str(small_model), "aspl", settings=squares, rounds=1, resolution=wanted)
     assert picture.size == (wanted, wanted)
 
