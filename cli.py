@@ -157,7 +157,7 @@ class CommandLine(LightningCLI):
         """One run at a time in a folder. Where the GPU's memory is full, says in one line what would help."""
         try:
             if self.config[subcommand].dry_run:
-                self._estimate(subcommand)
+                self.try_a_moment(subcommand)
                 return
             with claimed(self.trainer, self.datamodule, subcommand), named(self.config[subcommand]):
                 super()._run_subcommand(subcommand)
@@ -168,7 +168,7 @@ class CommandLine(LightningCLI):
             savers = self.model.memory_savers() if isinstance(self.model, BackboneModule) else []
             raise InputError(memory_is_full(error, savers)) from error
 
-    def _estimate(self, subcommand: str) -> None:
+    def try_a_moment(self, subcommand: str) -> None:
         """Runs a moment of a fit, and says what all of it will take."""
         if subcommand != "fit":
             raise InputError("--dry_run is for fit: leave it out")
