@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm import tqdm
@@ -122,6 +123,8 @@ class CloakedPhotos(Callback):
             manifest = self._manifest(trainer, pl_module, entries, complete)
         write_json(root / MANIFEST, manifest)
         write_png(root / "comparison.png", picture)
+        if removed := dict.fromkeys(what for entry in entries for what in entry.get("removed", [])):
+            rank_zero_info(f"not in the cloaked files: {', '.join(removed)} ({MANIFEST} says it for each photo)")
 
     @staticmethod
     def _manifest(trainer: Trainer, pl_module: Any, entries: list[dict[str, Any]], complete: bool) -> dict[str, Any]:

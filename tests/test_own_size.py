@@ -112,7 +112,7 @@ def test_a_photo_that_changes_under_way_is_not_delivered(command, photos, tmp_pa
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_phones_photo_comes_back_upright_with_its_profile_and_without_its_place(command, photos, tmp_path):
+def test_a_phones_photo_comes_back_upright_with_its_profile_and_without_its_place(command, photos, tmp_path, caplog):
     for path in photos.iterdir():
         path.unlink()
     exif = Image.Exif()
@@ -148,6 +148,8 @@ def test_a_phones_photo_comes_back_upright_with_its_profile_and_without_its_plac
         assert 0 < abs(np.asarray(image).astype(int) - np.asarray(grey)).max() <= 8
     removed = {entry["source"]: entry.get("removed") for entry in manifest(tmp_path / "out")["photos"]}
     assert "the location" in removed["IMG_1.JPG"]
+    (line,) = (record.getMessage() for record in caplog.records if "not in the cloaked files" in record.getMessage())
+    assert line.startswith("not in the cloaked files: the location")
     assert removed["grey.tif"] is None
 
 
