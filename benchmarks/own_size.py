@@ -15,7 +15,7 @@ import argparse
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -251,7 +251,7 @@ class Victims:
         photos = self.cloaked(name)
         out = self.person.root / "victims" / self.person.name / f"{name}-{reading}".replace(" ", "-").replace(",", "")
         if not (out / "measures.json").is_file():
-            how = replace(READINGS[reading])
+            how = READINGS[reading]
             read = [
                 f"--data.reading.crop={how.crop}",
                 f"--data.reading.kernel={how.kernel}",

@@ -34,7 +34,7 @@ log = logging.getLogger("antidreambooth")
 
 
 class CloakedPhotos(Callback):
-    """Writes ``cloaked/*.png``, ``manifest.json`` and ``comparison.png``, and on the way ``progress/round-NNN/``.
+    """Writes ``cloaked/``, ``manifest.json`` and ``comparison.png``, and on the way ``progress/round-NNN/``.
 
     The module has ``perturbation``, ``attack``, ``rounds``, ``passes`` and ``record()``.
 

@@ -149,12 +149,13 @@ class Cloaking(BackboneModule):
     def build(self) -> None:
         """Loads all base models and makes surrogates of them; the perturbation starts at nothing."""
         super().build()
-        canvas: Canvas = self.trainer.datamodule.canvas  # type: ignore[attr-defined]
-        self.perturbation = torch.zeros_like(canvas.blank, device=self.place)
+        resting: Canvas = self.trainer.datamodule.canvas  # type: ignore[attr-defined]
+        canvas = resting.to(self.place)
+        self.perturbation = torch.zeros_like(canvas.blank)
         others = [self.load(source) for source in self.sources[1:]]
         self.others = nn.ModuleList(backbone for backbone, _ in others)
         self.fingerprints = [fingerprint for _, fingerprint in others]
-        self.memory = self._remembered([canvas.to(self.place).begin(self.attack.rule) for _ in self.backbones])
+        self.memory = self._remembered([canvas.begin(self.attack.rule) for _ in self.backbones])
         self.assembly.adopt(self.backbones, self.class_latents, self.seed, self.prompts())
 
     def prompts(self) -> list[str] | None:

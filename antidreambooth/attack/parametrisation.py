@@ -21,7 +21,7 @@ from antidreambooth.photos.delivery import Delivered, Delivery, deliver, png, re
 from antidreambooth.photos.given import squares, wholes
 from antidreambooth.photos.original import read_original
 from antidreambooth.photos.regions import Person, Region
-from antidreambooth.photos.whole import Reading, WholePhoto, whole_photo
+from antidreambooth.photos.whole import Wanted, WholePhoto, whole_photo
 
 ANYWHERE = Region()
 
@@ -156,10 +156,11 @@ class Square(Parametrisation):
         cloaked = self.shown(canvas, state, photos, budget)
         originals = torch.stack([photo.pixels for photo in photos])
         require_change(originals, cloaked, [photo.name for photo in photos])
-        for before, after in zip(originals, cloaked, strict=True):
-            first, second = (one.permute(1, 2, 0).numpy() for one in (before, after))
-            largest = int(np.abs(second.astype(np.int16) - first).max())
-            yield Finished(Delivered(png(after), ".png", largest, 0.0, ()), first, second, before, after)
+        for photo, before, after in zip(photos, originals, cloaked, strict=True):
+            data, first = png(after), before.permute(1, 2, 0).numpy()
+            back = read_original(data, photo.name)
+            largest = int(np.abs(back.numbers.astype(np.int16) - first).max())
+            yield Finished(Delivered(data, ".png", largest, 0.0, (), back), first, back.pixels(), before, after)
 
 
 class OwnSize(Parametrisation):
@@ -190,12 +191,12 @@ class OwnSize(Parametrisation):
 
     def load(self, source: Path, side: int, region: Region = ANYWHERE, person: Person | None = None) -> list[Photo]:
         """The photos at the size of their grids, with their faces."""
-        how, paths = Reading(side, self.points, region, person), find_photos(source)
+        how, paths = Wanted(side, self.points, region, person), find_photos(source)
         return [whole_photo(path, how, mask) for path, mask in zip(paths, how.masks(paths), strict=True)]
 
     def take(self, given: object, what: str, side: int, again: bool, region: Region = ANYWHERE) -> list[Photo]:
         """The photos at the size of their grids, with their faces."""
-        return [*wholes(given, what, again, Reading(side, self.points, region))]
+        return [*wholes(given, what, again, Wanted(side, self.points, region))]
 
     def canvas(self, photos: Sequence[Photo], side: int) -> OwnSizeCanvas:
         """The grids."""
@@ -220,6 +221,5 @@ class OwnSize(Parametrisation):
             file = deliver(original, change, budget, delivery)
             if not file.largest:
                 raise unchanged_photo(photo.name)
-            cloaked = read_original(file.data, photo.name)
-            seen, _ = square(cloaked.looks(), canvas.side)
-            yield Finished(file, original.pixels(), cloaked.pixels(), photo.pixels, seen)
+            seen, _ = square(file.back.looks(), canvas.side)
+            yield Finished(file, original.pixels(), file.back.pixels(), photo.pixels, seen)

@@ -168,12 +168,17 @@ def decoding(name: str, why: Callable[[], str]) -> Iterator[None]:
 
 def square(image: Image.Image, resolution: int) -> tuple[UInt8[Tensor, "3 h w"], Box]:
     """Largest centred square of an RGB image, scaled to ``resolution`` pixels (Lanczos), and where it was cut out."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
+    box = centred(image.size)
     scaled = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)  # no copy of the crop
     return torch.from_numpy(np.array(scaled)).permute(2, 0, 1).contiguous(), box
+
+
+def centred(size: tuple[int, int]) -> Box:
+    """The largest centred square of a photo with this width and height."""
+    width, height = size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
 
 
 def to_float(pixels: UInt8[Tensor, "n 3 h w"]) -> Float32[Tensor, "n 3 h w"]:

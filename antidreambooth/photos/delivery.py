@@ -68,6 +68,7 @@ class Delivered:
     largest: int  # difference of a number from the original's, in 8-bit steps, rounded up
     over: float  # share of the numbers that differ by more than the budget: 0 but for JPEG
     removed: tuple[str, ...]  # what the original's file holds and this does not, in plain words
+    back: Original = field(repr=False)  # the file, as it was read back
 
 
 def deliver(original: Original, change: Integer[np.ndarray, "h w 3"], budget: float, how: Delivery) -> Delivered:
@@ -91,8 +92,9 @@ def deliver(original: Original, change: Integer[np.ndarray, "h w 3"], budget: fl
     kind, lies = delivered_format(original, how), original.turned if how.keep_orientation else 1
     metadata = _metadata(original, how, kind, lies)
     data = encoded(_content(original, change, how, kind, metadata), kind)
-    largest, over = _differences(original, change, read_original(data, original.name), budget, exact=kind != "JPEG")
-    return Delivered(data, delivered_suffix(original, how), largest, over, metadata.removed)
+    back = read_original(data, original.name)
+    largest, over = _differences(original, change, back, budget, exact=kind != "JPEG")
+    return Delivered(data, delivered_suffix(original, how), largest, over, metadata.removed, back)
 
 
 def delivered_format(original: Original, how: Delivery) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import Photo, decode, flatten, read, square
 from antidreambooth.photos.original import original_of, read_original
-from antidreambooth.photos.whole import Reading, WholePhoto, whole
+from antidreambooth.photos.whole import Wanted, WholePhoto, whole
 from antidreambooth.provenance import require_originals
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]  # an array is h w 3, in sRGB
@@ -44,7 +44,7 @@ def squares(given: object, what: str, side: int, again: bool) -> list[Photo]:
     return photos
 
 
-def wholes(given: object, what: str, again: bool, how: Reading) -> list[WholePhoto]:
+def wholes(given: object, what: str, again: bool, how: Wanted) -> list[WholePhoto]:
     """Photos that come back at their own size; of files the bytes are kept, and not the pixels.
 
     Args:
@@ -60,7 +60,7 @@ def wholes(given: object, what: str, again: bool, how: Reading) -> list[WholePho
     for number, (name, one) in enumerate(_each(given, what, again)):
         opened = partial(read_original, one, name) if isinstance(one, bytes) else partial(original_of, one, name)
         (mask,) = how.masks([Path(name.rpartition(": ")[2] if isinstance(one, bytes) else f"image {number}")])
-        photos.append(whole(Path(), f"image {number}", "", opened, how, mask))
+        photos.append(whole(opened(), Path(), f"image {number}", "", opened, how, mask))
     return photos
 
 

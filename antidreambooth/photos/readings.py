@@ -23,6 +23,7 @@ from torch import Tensor
 from antidreambooth.photos.decoding import (
     Box,
     Photo,
+    centred,
     decode_pixels,
     decoding,
     find_photos,
@@ -115,9 +116,7 @@ class Reading:
             if faces := face_boxes(picture):
                 return widened(faces[0], FACE_WIDTHS, picture.size)
             warnings.warn(f"no face is found in {name}: its centred square is taken", stacklevel=4)
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        return left, top, left + side, top + side
+        return centred(picture.size)
 
 
 DIFFUSERS = Reading("random", "bilinear", profile=False)

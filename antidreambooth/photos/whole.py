@@ -85,8 +85,8 @@ class WholePhoto(Photo):
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How photos are read that come back at their own size.
+class Wanted:
+    """What is kept of photos that come back at their own size.
 
     Args:
         side: of the square that a model sees, in pixels.
@@ -109,33 +109,41 @@ class Reading:
         return [*find_masks(Path(self.region.mask), photos)] if self.region.mask else [None] * len(photos)
 
 
-def whole_photo(path: Path, how: Reading, mask: Path | None = None) -> WholePhoto:
+def whole_photo(path: Path, how: Wanted, mask: Path | None = None) -> WholePhoto:
     """A photo's file; see ``whole``.
 
     Raises:
         InputError: the file cannot be read or decoded.
     """
-    sha256 = hashlib.sha256(read(path)).hexdigest()
-    return whole(path, path.name, sha256, partial(read_unchanged, path, sha256), how, mask)
+    data = read(path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    photo, again = read_original(data, path.name), partial(read_unchanged, path, sha256)
+    return whole(photo, path, path.name, sha256, again, how, mask)
 
 
 def whole(
-    path: Path, name: str, sha256: str, original: Callable[[], Original], how: Reading, mask: Path | None = None
+    photo: Original,
+    path: Path,
+    name: str,
+    sha256: str,
+    again: Callable[[], Original],
+    how: Wanted,
+    mask: Path | None = None,
 ) -> WholePhoto:
-    """Reads a photo, and keeps what the attack needs of it.
+    """Keeps what the attack needs of a photo.
 
     Args:
+        photo: as it was read.
         path: of its file.
         name: what manifests and messages call it.
         sha256: of the file's bytes.
-        original: reads the photo.
+        again: reads the photo once more.
         how: what is kept.
         mask: the user's.
 
     Raises:
-        InputError: the photo or its mask cannot be read or decoded.
+        InputError: the mask cannot be read or decoded.
     """
-    photo = original()
     looks = photo.looks()
     faces = chosen(how.region, looks, how.person)
     pixels, box = square(looks, how.side)
@@ -144,9 +152,7 @@ def whole(
     at_grid = reduced(photo.pixels(), how.points(photo.size, faces, how.side), faces, grey, allowed)
     # The mask is made once more in the end, too: of a large photo it is large.
     once_more = partial(mask_of, how.region, name, photo.size, faces, mask) if allowed is not None else lambda: None
-    return WholePhoto(
-        path, name, sha256, photo.size, box, pixels, at_grid=at_grid, original=original, allowed=once_more
-    )
+    return WholePhoto(path, name, sha256, photo.size, box, pixels, at_grid=at_grid, original=again, allowed=once_more)
 
 
 def read_unchanged(path: Path, sha256: str) -> Original:
