@@ -203,10 +203,14 @@ class PGD:
         if not self.recorded:
             return pixel_gradient(self.objective, backbone, images, embedding, draws, self.micro_batch)
         if backbone not in self.recordings:
-            known_as, parts = ref(backbone), len(embedding)  # the recording must not keep the model
+            known_as, kind, parts = (
+                ref(backbone),
+                type(embedding),
+                len(embedding),
+            )  # the recording must not keep the model
 
             def run(images: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-                model, embedding, drawn = known_as(), Conditioning(others[:parts]), others[parts:]
+                model, embedding, drawn = known_as(), kind(others[:parts]), others[parts:]
                 assert model is not None
                 size = len(drawn) // self.draws
                 draws = [Draw.of_tensors(drawn[start : start + size]) for start in range(0, len(drawn), size)]

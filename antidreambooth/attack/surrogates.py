@@ -153,6 +153,7 @@ class Alternating:
     def _step(self, posterior: Posterior, draw: Draw, prompts: Conditioning | None) -> Float[Tensor, ""]:
         """One optimizer step; returns its loss."""
         if self.recording:
+            self.kind = Conditioning if prompts is None else type(prompts)
             (loss,) = self.recording(*posterior, *draw.tensors, *(prompts or ()))
             self.weights.update()
         else:
@@ -165,7 +166,7 @@ class Alternating:
     ) -> tuple[Tensor, ...]:
         """What is recorded of a step: all but the optimizer's part."""
         posterior, draw = Posterior(mean, std), Draw(timesteps, noise, drawn)
-        prompts = Conditioning(still) if still else None
+        prompts = self.kind(still) if still else None
         loss = batch_loss(self.backbone, self.training, posterior, self.classes is not None, draw, prompts)
         torch.autograd.backward(loss)
         return (loss.detach(),)

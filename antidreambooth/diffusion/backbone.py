@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from antidreambooth.diffusion.configs import Configs, Pair, whole_number
 from antidreambooth.diffusion.defaults import Defaults
@@ -41,10 +42,6 @@ class Conditioning(tuple[Tensor, ...]):
 
     Only a base model's family knows what the parts are; everybody else passes them on.
     """
-
-    def rows(self, index: Tensor | slice) -> Conditioning:
-        """Of some of the prompts."""
-        return Conditioning(part[index] for part in self)
 
     def repeated(self, count: int) -> Conditioning:
         """Each row ``count`` times, one after the other."""
@@ -80,21 +77,23 @@ class Backbone(nn.Module, ABC):
     guidance: ClassVar[tuple[str, float]] = ("guidance_scale", 1.0)  # of the pipeline, with its value for none
     options: ClassVar[Mapping[str, Any]] = {}  # of every call of the pipeline
     left_out: ClassVar[Mapping[str, Any]] = {}  # arguments of the pipeline's constructor that are always these
+    switches: ClassVar[Mapping[str, Any]] = {}  # and those that a model's folder sets, with their usual values
 
     scheduler: Any  # these and some of the others each family has
     vae: Any
     unet: Any
+    transformer: Any
     text_encoder: Any
     tokenizer: Any
 
     def __init__(self, *, defaults: Defaults | None = None, **parts: Any) -> None:
         super().__init__()
-        for name, part in parts.items():
+        for name, part in {**self.switches, **parts}.items():
             setattr(self, name, part)
         self.defaults = defaults or self.published
         with made_on_cpu():
             self.noising = self.law(dict(self.scheduler.config))
-        self.decoder_rests = False
+        self.decoder_rests, self.encodes_twice = False, False
         self.remembered: dict[tuple[str, ...], Conditioning] = {}  # prompts, once the text encoders rest
         self.requires_grad_(False)
         self.eval()
@@ -187,8 +186,8 @@ class Backbone(nn.Module, ABC):
         """Pixels of an image per latent, along one side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
-    def encode(self, images: Float[Tensor, "n 3 h w"]) -> Posterior:
-        """Images in [-1, 1] to the posterior of their latents."""
+    def to_latents(self, images: Float[Tensor, "n 3 h w"]) -> Posterior:
+        """What the autoencoder's encoder makes of images."""
         latent, scale, shift = self.vae.encode(images).latent_dist, self.vae.config.scaling_factor, self._shift()
         return Posterior((precise(latent.mean) - shift) * scale, precise(latent.std) * scale)
 
@@ -225,6 +224,16 @@ class Backbone(nn.Module, ABC):
         return self.noising.signal.device
 
     @property
+    def lora_layers(self) -> list[str]:
+        """Names of the denoiser's layers that the usual LoRA changes."""
+        return [*self.lora_targets]
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it draws in a few steps, which fine-tuning takes from it: its base model is the better surrogate."""
+        return False
+
+    @property
     def denoiser(self) -> Any:
         """The network that predicts: a U-Net or a transformer."""
         return getattr(self, self.denoiser_name())
@@ -246,6 +255,12 @@ class Backbone(nn.Module, ABC):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Of an image of so many pixels: channels, height, width."""
         return self.latent_channels, height // self.downscale, width // self.downscale
+
+    def encode(self, images: Float[Tensor, "n 3 h w"]) -> Posterior:
+        """Images in [-1, 1] to the posterior of their latents."""
+        if not (self.encodes_twice and images.requires_grad):
+            return self.to_latents(images)
+        return checkpoint(self.to_latents, images, use_reentrant=False)
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
         """Latents to images in [-1, 1]."""
@@ -277,7 +292,10 @@ class Backbone(nn.Module, ABC):
                 encoders' are small.
         """
         if which:
-            self.vae.enable_gradient_checkpointing()
+            # Some autoencoders refuse: of these the whole encoder is run again.
+            self.encodes_twice = not getattr(self.vae, "_supports_gradient_checkpointing", False)
+            if not self.encodes_twice:
+                self.vae.enable_gradient_checkpointing()
         if which is True:
             self.denoiser.enable_gradient_checkpointing()
 
@@ -295,7 +313,7 @@ class Backbone(nn.Module, ABC):
         if scheduler is None:
             with made_on_cpu():
                 scheduler = self.sampler()
-        parts = {name: getattr(self, name) for name in (*self.networks, *self.tokenizers)}
+        parts = {name: getattr(self, name) for name in (*self.networks, *self.tokenizers, *self.switches)}
         pipeline = self.official(**parts, scheduler=scheduler, **self.left_out)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

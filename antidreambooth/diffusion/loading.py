@@ -85,7 +85,9 @@ def load_backbone(named: Named) -> Backbone:
         parts[SCHEDULER] = load(_scheduler_kind(kind, configs), SCHEDULER)
         _check_tokens(parts, kind, configs, source)
         parts |= {part: network(component, part) for part, component in kind.networks.items()}
-        backbone = kind(**parts, defaults=read_defaults(source))
+        index = _json(source, INDEX)
+        switches = {name: index[name] for name in kind.switches if isinstance(index.get(name), bool)}
+        backbone = kind(**parts, **switches, defaults=read_defaults(source))
     for parameter in backbone.parameters():
         # Out of the memory-mapped file: its tensors lie at any byte, and matrix products round by alignment.
         parameter.data = parameter.data.clone()

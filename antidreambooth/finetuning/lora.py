@@ -52,7 +52,7 @@ class LoRA(Adaptation):
 
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
         """Adds the updates; only they are trained."""
-        parts = [(backbone.denoiser, self.targets or [*backbone.lora_targets])]
+        parts = [(backbone.denoiser, self.targets or backbone.lora_layers)]
         if train_text_encoder:
             parts += [(encoder, self.text_targets) for encoder in learning_encoders(backbone)]
         for part, targets in parts:

@@ -51,7 +51,7 @@ def test_targeted_is_the_loss_less_the_distance_from_the_noised_target(any_backb
         loss = value(Denoising(), any_backbone, images, embedding, draw)
         latents = any_backbone.encode(images).sample(draw.posterior_noise)
         noisy = any_backbone.scheduler.add_noise(latents, draw.noise, draw.timesteps)
-        out = any_backbone.unet(noisy, draw.timesteps, embedding.expanded(3)).sample
+        out = any_backbone.denoise(noisy, draw.timesteps, embedding.expanded(3))
         goal = any_backbone.encode(target_image("stripes", 16)).mean
         for i, t in enumerate(draw.timesteps):
             step = any_backbone.scheduler.step(out[i : i + 1], int(t), noisy[i : i + 1]).prev_sample

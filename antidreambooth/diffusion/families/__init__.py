@@ -8,6 +8,14 @@ from antidreambooth.diffusion.backbone import Backbone
 
 FAMILIES = {  # ``_class_name`` in model_index.json, and the class here: imported when it is asked for
     "StableDiffusionPipeline": "stable_diffusion.StableDiffusion",
+    "StableDiffusionXLPipeline": "sdxl.StableDiffusionXL",
+    "StableDiffusion3Pipeline": "sd3.StableDiffusion3",
+    "FluxPipeline": "flux.Flux",
+    "Flux2KleinPipeline": "flux2_klein.Flux2Klein",
+    "ZImagePipeline": "z_image.ZImage",
+    "QwenImagePipeline": "qwen_image.QwenImage",
+    "SanaPipeline": "sana.Sana",
+    "Lumina2Pipeline": "lumina2.Lumina2",
 }
 
 
