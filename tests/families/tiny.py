@@ -293,7 +293,7 @@ def flux(distilled: bool) -> FluxPipeline:
 
 
 def flux2_klein() -> Flux2KleinPipeline:
-    """The text encoder has as many layers as the pipeline reads: 9, 18 and 27."""
+    """The text encoder has as many layers as the published ones, of which the pipeline reads the 9th, 18th and 27th."""
     vae = autoencoder(4, AutoencoderKLFlux2)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
@@ -311,7 +311,7 @@ def flux2_klein() -> Flux2KleinPipeline:
             guidance_embeds=False,
         ),
         vae=vae,
-        text_encoder=Qwen3ForCausalLM(qwen3_config(27)),
+        text_encoder=Qwen3ForCausalLM(qwen3_config(36)),
         tokenizer=qwen_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
     )
