@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -74,18 +75,13 @@ class StableDiffusionXL(Backbone):
 
     @classmethod
     def step(cls, configs: Configs) -> int:
-        """A picture's side is a multiple of so many pixels."""
-        return cls.shrinkage(configs)
+        """A picture's side is a multiple of so many pixels: of a latent and of the 8 that the pipeline wants."""
+        return math.lcm(8, cls.shrinkage(configs))
 
     @classmethod
     def smallest(cls, configs: Configs) -> int:
         """The smallest side of a picture in pixels: the U-Net's coarsest level still has a latent of its own."""
-        return int(cls.shrinkage(configs) * 2 ** (len(configs["unet"]["block_out_channels"]) - 1))
-
-    @property
-    def pixels_said(self) -> int:
-        """8, whatever the autoencoder: the pipeline wants multiples of it."""
-        return 8
+        return int(cls.step(configs) * 2 ** (len(configs["unet"]["block_out_channels"]) - 1))
 
     def law(self, config: Mapping[str, Any]) -> Noising:
         """DDPM, of whose betas the published folder's Euler sampler knows, too."""
@@ -111,7 +107,7 @@ class StableDiffusionXL(Backbone):
     ) -> Float[Tensor, "n c h w"]:
         """The noise or v, for a picture of this size that is not cropped."""
         sequence, pooled = conditioning
-        height, width = (float(side * self.pixels_said) for side in noisy.shape[-2:])
+        height, width = (float(side * self.downscale) for side in noisy.shape[-2:])
         numbers = (height, width, 0.0, 0.0, height, width)
         sizes = torch.stack([pooled.new_full((len(noisy),), number) for number in numbers], dim=1)
         told = {"text_embeds": pooled, "time_ids": sizes}
