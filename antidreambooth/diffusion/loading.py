@@ -228,8 +228,8 @@ def _other_kind(kind: type[Backbone], configs: Configs) -> str:
 
 def _scheduler_kind(kind: type[Backbone], configs: Configs) -> Any:
     """The class of the scheduler: the family's or, where it leaves that open, the one that the model's folder names."""
-    if kind.scheduler_kind is not None:
-        return kind.scheduler_kind
+    if (own := kind.scheduler_kind(configs[SCHEDULER])) is not None:
+        return own
     found = getattr(diffusers, str(configs[SCHEDULER].get("_class_name")), None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise InputError(f"scheduler_config.json names a scheduler that there is not: {configs[SCHEDULER]}")

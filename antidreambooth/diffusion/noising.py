@@ -68,7 +68,9 @@ class Noising(nn.Module):
             config: of the scheduler.
             power: the loss counts s^power.
         """
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))  # a fresh one: sampling overwrites sigmas
+        shift = config.get("flow_shift", config.get("shift", 1.0))  # a DPM solver has a name of its own for it
+        # A fresh one: sampling overwrites sigmas.
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config({**config, "shift": shift})
         spread, times = scheduler.sigmas.flip(0), scheduler.timesteps.flip(0)
         one, before = torch.ones_like(spread), torch.cat([torch.zeros_like(spread[:1]), spread[:-1]])
         return cls(
