@@ -151,6 +151,15 @@ def test_prompts_of_two_lengths_in_a_batch_equal_each_alone(case, shared, told):
     assert not torch.allclose(swapped, together, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_prompt_for_several_images_is_the_same_as_several_prompts(case, shared, told):
+    start, rows = case.oracle.start.repeat(2, 1, 1, 1), torch.tensor([250, 800, 250, 800])
+    twice = shared.predict(start, rows, told.repeated(2))
+    same(twice, shared.predict(start, rows, shared.embed([prompt for prompt in PROMPTS for _ in range(2)])))
+    spread = shared.predict(start, rows, shared.embed([PROMPTS[0]]).expanded(4))
+    same(spread[:2], twice[:2])
+
+
 @pytest.fixture(scope="module")
 def precise(shared) -> Backbone:
     """In double precision, so that a small difference of losses means something."""
@@ -192,7 +201,7 @@ def test_checkpointing_computes_again_and_changes_no_gradient(case, shared, told
 
 
 @contextmanager
-def counted(network: torch.nn.Module) -> Iterator[list[str]]:
+def counted(network: Any) -> Iterator[list[str]]:
     """The name of a layer each time that one computes something inside."""
     calls: list[str] = []
     handles = [
