@@ -29,8 +29,9 @@ from antidreambooth import cloak
 from antidreambooth.attack.methods import Settings
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import Outcome
+from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults
-from antidreambooth.diffusion.draws import Draw, TimestepSampler
+from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.execution import Execution
 from antidreambooth.diffusion.loading import load_backbone, resolution_of
 from antidreambooth.diffusion.seeding import Turn
@@ -365,9 +366,9 @@ class SameNoise:
     def __init__(self) -> None:
         self.draw = Draw.sample
 
-    def sample(self, backbone: Any, shape: torch.Size, timesteps: TimestepSampler, generator: torch.Generator) -> Draw:
+    def sample(self, backbone: Backbone, *how: Any) -> Draw:
         """As ``Draw.sample``, moved to where the backbone is."""
-        drawn, where = self.draw(backbone, shape, timesteps, generator), backbone.alphas_cumprod.device
+        drawn, where = self.draw(backbone, *how), backbone.device
         return Draw(drawn.timesteps.to(where), drawn.noise.to(where), drawn.posterior_noise.to(where))
 
 

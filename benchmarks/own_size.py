@@ -30,7 +30,7 @@ from antidreambooth.attack.methods import plain_weights
 from antidreambooth.attack.parametrisation import OwnSize, Parametrisation, Square
 from antidreambooth.attack.perturbation import PGD, random_change
 from antidreambooth.attack.surrogates import Alternating, Fixed
-from antidreambooth.diffusion.draws import Draw, Uniform
+from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.finetuning.augmentation import jpeg
@@ -176,9 +176,9 @@ class Losses:
         posterior, embedding = self.backbone.encode_all(to_float(pictures), 4), self.fixed.prompt_embedding()
         generator, total = torch.Generator().manual_seed(99), 0.0
         for _ in range(HELD_OUT):
-            draw = Draw.sample(self.backbone, posterior.mean.shape, Uniform(), generator)
+            draw = Draw.sample(self.backbone, posterior.mean.shape, generator)
             latents = posterior.sample(draw.posterior_noise)
-            prompts = embedding.expand(len(latents), -1, -1)
+            prompts = embedding.expanded(len(latents))
             total += self.backbone.denoising_loss(latents, draw.timesteps, draw.noise, prompts).mean().item()
         return total / HELD_OUT
 

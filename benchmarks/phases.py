@@ -125,10 +125,10 @@ class Round:
     def sample(self, count: int) -> None:
         """What of sampling takes most: a step with guidance and decoding. Its schedule needs tensors with content."""
         backbone = self.backbone
-        text = backbone.embed(["a photo of a person"]).expand(2 * count, -1, -1)
+        text = backbone.embed(["a photo of a person"]).expanded(2 * count)
         noise = self.classes.mean[:1].expand(2 * count, -1, -1, -1)
         step = torch.zeros((), dtype=torch.long, device=self.device)
-        latents = backbone.unet(noise, step, encoder_hidden_states=text).sample.chunk(2)[0]
+        latents = backbone.denoise(noise, step, text).chunk(2)[0]
         with full_precision(torch.device(self.device)):
             for one in torch.split(latents.float(), 1):
                 backbone.decode(one)

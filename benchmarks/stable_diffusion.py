@@ -159,8 +159,9 @@ def build(architecture: Architecture, device: str | torch.device = "cpu") -> Bac
         text_encoder = CLIPTextModel(CLIPTextConfig(**architecture.text_encoder))
     # The embedded model's words: fewer, but a prompt costs the same whatever it says.
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", model_max_length=LENGTH)
-    backbone = StableDiffusion(unet, vae, text_encoder, tokenizer, DDPMScheduler.from_config(SCHEDULER))
-    backbone.alphas_cumprod = backbone.alphas_cumprod.to(device)
+    scheduler = DDPMScheduler.from_config(SCHEDULER)
+    backbone = StableDiffusion(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+    backbone.noising.to(device)
     if architecture.parameters:
         assert counts(backbone) == architecture.parameters, counts(backbone)
     return backbone

@@ -141,7 +141,7 @@ class CloakedPhotos(Callback):
             "threads": torch.get_num_threads(),
             "seed": record["seed"],
             "rounds": rounds_of(trainer, pl_module),
-            "passes": dict(zip(("unet", "encoder"), pl_module.passes.tolist(), strict=True)),
+            "passes": dict(zip(("denoiser", "encoder"), pl_module.passes.tolist(), strict=True)),
             "photos": entries,
             "complete": complete,
         }

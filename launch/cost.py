@@ -17,14 +17,18 @@ from jsonargparse import Namespace
 from antidreambooth.attack.parametrisation import Square
 from antidreambooth.diffusion.class_images import cache_folder
 from antidreambooth.diffusion.defaults import given
-from antidreambooth.diffusion.loading import bytes_of_networks, read_defaults, resolution_of, shared_resolution
+from antidreambooth.diffusion.loading import (
+    bytes_of_networks,
+    family_of,
+    read_defaults,
+    resolution_of,
+    shared_resolution,
+)
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import find_photos
 from antidreambooth.photos.original import uncompressed
 from launch.runs import Parse, backbones_of, command
-
-TRAINED = ("unet", "text_encoder")  # the networks that full fine-tuning changes
 
 
 class Footprint(NamedTuple):
@@ -99,7 +103,7 @@ def footprint_of_cloak(settings: Namespace, parse: Parse, keep_models: bool = Fa
         kept, weights = (trained, 0) if keep_models else (0, trained)
         drawn = class_images(parse(command(surrogate, {})).model.init_args.training, backbones, side)
     elif surrogate is not None:  # ASPL: what learns is in the checkpoint, of which an old one and a new one exist
-        weights = sum(2 * size[part] for size in sizes for part in TRAINED) if learns_whole(model) else 0
+        weights = sum(2 * trained_bytes(source) for source in backbones) if learns_whole(model) else 0
         drawn = class_images(surrogate, backbones, side)
     # A cloaked square and three columns of comparison.png; photos so far and samples are files and in TensorBoard.
     own_size = comes_back_whole(model)
@@ -131,6 +135,12 @@ def footprint_of_victim(settings: Namespace, trained: bool = True, keep_models: 
     kept, weights = (whole, 0) if keep_models else (0, whole)
     images = class_images(model.training, [source], side)
     return Footprint(picture, drawn + kept, weights, images)
+
+
+def trained_bytes(source: Source) -> int:
+    """The size of what full fine-tuning may change: the denoiser, and the text encoders that may learn."""
+    kind, sizes = family_of(source), bytes_of_networks(source)
+    return sum(sizes[part] for part in (kind.denoiser_name(), *kind.text_lora))
 
 
 def attacked(settings: Namespace) -> list[Source]:

@@ -171,7 +171,7 @@ class Drawing:
         self, backbone: Backbone, prompt: str, count: int, resolution: int, *, batch: int, fingerprint: str, **_: Any
     ) -> UInt8[Tensor, "n 3 h w"]:
         """A few pictures of the wanted size."""
-        device, batch = backbone.alphas_cumprod.device, min(batch, BATCH)
+        device, batch = backbone.device, min(batch, BATCH)
         begun = now(device)
         files = files_of(folder_of(backbone, prompt, resolution, batch=batch, fingerprint=fingerprint), count)
         if left := left_to_draw(files, batch):

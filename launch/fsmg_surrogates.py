@@ -120,4 +120,4 @@ def _passes(folder: Path) -> dict[str, int]:
     record: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     training = record["settings"]["model"]["training"]
     images = training["batch_size"] * (2 if training["prior"]["weight"] else 1)
-    return {"unet": record["steps"] * images}
+    return {"denoiser": record["steps"] * images}

@@ -184,7 +184,7 @@ class Cloaking(BackboneModule):
             memory = list(self.memory)
             outcome = alternate(self.surrogates, batch.canvas, state, self.attack, self.turn, memory)
         self.memory = self._remembered(list(outcome.memory))
-        self.passes += torch.tensor([passes.unet, passes.encoder], device=self.device)
+        self.passes += torch.tensor([passes.denoiser, passes.encoder], device=self.device)
         self.perturbation = outcome.state - batch.canvas.blank
         self.rounds = self.current_epoch + 1
         self._log(outcome)

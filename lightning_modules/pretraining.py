@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel
 
 from antidreambooth.diffusion.backbone import Posterior
-from antidreambooth.diffusion.draws import Draw, Uniform
+from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.precision import made_on_cpu
 from antidreambooth.errors import InputError, require
 from antidreambooth.files import write_atomically
@@ -143,7 +143,7 @@ class Pretraining(Training):
             "" if share < chosen.empty else usual if share < chosen.empty + chosen.generic else caption
             for share, caption in zip(kept, captions, strict=True)
         ]
-        draw = Draw.sample(self.backbone, part.mean.shape, Uniform(), generator)
+        draw = Draw.sample(self.backbone, part.mean.shape, generator)
         latents = part.sample(draw.posterior_noise)
         losses = self.backbone.denoising_loss(latents, draw.timesteps, draw.noise, self.backbone.embed(asked))
         loss = (self._weights(draw.timesteps) * losses).mean()
@@ -174,8 +174,8 @@ class Pretraining(Training):
 
     def _weights(self, timesteps: Tensor) -> Tensor:
         """min(SNR, gamma) / SNR, for a model that predicts noise; / (SNR + 1) for one that predicts v."""
-        abar = self.backbone.alphas_cumprod[timesteps]
-        snr = abar / (1 - abar)
+        noising = self.backbone.noising
+        snr = (noising.signal[timesteps] / noising.spread[timesteps]).square()
         return snr.clamp(max=GAMMA) / (snr if self.backbone.scheduler.config.prediction_type == "epsilon" else snr + 1)
 
     def _encoded(self, pictures: Pictures) -> Posterior:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior
 from antidreambooth.diffusion.loading import load_backbone, read_defaults
 from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.sampling import Generation, blank, noise_of, sample
@@ -106,7 +106,7 @@ class Victim(Training):
         self.save_hyperparameters(logger=False)
         self.posterior: Posterior | None = None
         self.classes: Posterior | None = None
-        self.prompts: Tensor | None = None  # as the text encoder sees them, where it does not learn
+        self.prompts: Conditioning | None = None  # as the text encoder sees them, where it does not learn
         self.rows: list[dict[str, Any]] = []
         self.pictures: list[Tensor] = []
 
@@ -139,7 +139,7 @@ class Victim(Training):
     def on_train_start(self) -> None:
         """The trained parts in training mode."""
         super().on_train_start()
-        for part in (self.backbone.unet, self.backbone.text_encoder):
+        for part in (self.backbone.denoiser, *self.backbone.text_encoders.values()):
             part.train(any(p.requires_grad for p in part.parameters()))
 
     def training_step(self, batch: Tensor | list[Tensor], batch_idx: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from antidreambooth.attack.parametrisation import OwnSize
+from antidreambooth.diffusion.backbone import Conditioning
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.photos.regions import face_boxes
 from benchmarks import draws, first_gpu, gpu_speed, memory, own_size
@@ -93,7 +94,7 @@ def test_the_cpus_autocast_keeps_for_the_backward_pass_what_cudas_keeps():
             backbone = build(TINY, device)
             image = torch.zeros(1, 3, 16, 16, device=device, requires_grad=True)
             steps = torch.zeros(1, dtype=torch.long, device=device)
-            prompt = torch.zeros(1, 77, 16, device=device)
+            prompt = Conditioning([torch.zeros(1, 77, 16, device=device)])
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # there is no GPU that could choose another one
             if device == "cpu":

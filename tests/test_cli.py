@@ -91,7 +91,7 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
     assert "25/25" in capsys.readouterr().out  # the bar counts rounds
     models = 2 if METHODS[config].several else 1
     steps = METHODS[config].pgd_steps * 3 + (6 * 2 if learning else 0)  # images a round, of each model
-    assert record["passes"]["unet"] == 25 * models * steps
+    assert record["passes"]["denoiser"] == 25 * models * steps
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -561,7 +561,7 @@ def test_a_surrogates_own_flags_stay_its_own(command, tmp_path):
     assert record["settings"]["model"]["prompts"] == ["a photo of t@t person"]
     (surrogate,) = (tmp_path / "out" / "surrogates").iterdir()
     assert json.loads((surrogate / "manifest.json").read_text())["seed"] == 5
-    assert json.loads((surrogate / "surrogate.json").read_text())["passes"] == {"unet": 2 * 2 * 2}
+    assert json.loads((surrogate / "surrogate.json").read_text())["passes"] == {"denoiser": 2 * 2 * 2}
     main([*arguments, "--overwrite"])
     assert files(tmp_path / "out") == first
 

@@ -549,14 +549,14 @@ def test_weights_of_other_shapes_than_the_configs_are_named(small_model, tmp_pat
 def test_defaults_that_are_none_are_named(tmp_path, text):
     (tmp_path / "antidreambooth.json").write_text(text)
     with pytest.raises(InputError, match=r"antidreambooth\.json cannot be used: .*; its keys are those of Defaults"):
-        Defaults.read(tmp_path)
+        Defaults.read(tmp_path, Defaults())
 
 
 def test_a_bug_in_reading_defaults_keeps_its_traceback(tmp_path, monkeypatch):
     (tmp_path / "antidreambooth.json").write_text("{}")
     monkeypatch.setattr("antidreambooth.diffusion.defaults.json.loads", raising(AttributeError("a bug")))
     with pytest.raises(AttributeError):
-        Defaults.read(tmp_path)
+        Defaults.read(tmp_path, Defaults())
 
 
 # --- the download on a machine that has a network ---

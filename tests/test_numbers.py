@@ -180,7 +180,7 @@ def test_whoever_is_made_in_a_program_says_the_same(make, message):
 def test_a_base_models_own_numbers_are_named_with_their_file(tmp_path, text):
     (tmp_path / "antidreambooth.json").write_text(text)
     with pytest.raises(InputError, match=rf"antidreambooth\.json cannot be used: {text[2:8]}.*; its keys"):
-        Defaults.read(tmp_path)
+        Defaults.read(tmp_path, Defaults())
 
 
 @pytest.mark.parametrize(

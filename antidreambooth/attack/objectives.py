@@ -14,8 +14,9 @@ from torch import Tensor
 
 from antidreambooth.attack.targets import require_target, target_image
 from antidreambooth.attack.transforms import Transform
-from antidreambooth.diffusion.backbone import Backbone, Posterior, squared_distance
-from antidreambooth.diffusion.draws import Draw, TimestepSampler, Uniform
+from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior, squared_distance
+from antidreambooth.diffusion.densities import TimestepSampler
+from antidreambooth.diffusion.draws import Draw
 from antidreambooth.errors import InputError
 
 
@@ -41,7 +42,7 @@ class Objective(ABC):
         self,
         backbone: Backbone,
         posterior: Posterior,
-        embedding: Float[Tensor, "1 length width"],
+        embedding: Conditioning,
         draw: Draw,
     ) -> Float[Tensor, " n"]:
         """The objective of each image, from what ``encode`` made of it; differentiable in the posterior."""
@@ -53,28 +54,27 @@ class Denoising(Objective):
     For v-prediction the gradient also flows through the latents inside the target, as published.
 
     Args:
-        timesteps: how t is drawn; uniformly when not given.
+        timesteps: how t is drawn; as the base model's fine-tuning draws it when not given.
     """
 
     def __init__(self, timesteps: TimestepSampler | None = None) -> None:
-        self.timesteps = timesteps or Uniform()
+        self.timesteps = timesteps
 
     def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
         """The timestep, the noise and the posterior's noise of each image."""
         n, _, height, width = images.shape
-        shape = torch.Size((n, backbone.latent_channels, height // backbone.downscale, width // backbone.downscale))
-        return Draw.sample(backbone, shape, self.timesteps, generator)
+        return Draw.sample(backbone, (n, *backbone.latent_shape(height, width)), generator, self.timesteps)
 
     def __call__(
         self,
         backbone: Backbone,
         posterior: Posterior,
-        embedding: Float[Tensor, "1 length width"],
+        embedding: Conditioning,
         draw: Draw,
     ) -> Float[Tensor, " n"]:
         """The denoising loss of each image."""
         latents = posterior.sample(draw.posterior_noise)
-        return backbone.denoising_loss(latents, draw.timesteps, draw.noise, embedding.expand(len(latents), -1, -1))
+        return backbone.denoising_loss(latents, draw.timesteps, draw.noise, embedding.expanded(len(latents)))
 
 
 class Targeted(Denoising):
@@ -86,7 +86,7 @@ class Targeted(Denoising):
 
     Args:
         target: a picture's file, or one of our patterns: checkerboard, rings, stripes.
-        timesteps: how t is drawn; uniformly when not given.
+        timesteps: how t is drawn; as the base model's fine-tuning draws it when not given.
     """
 
     def __init__(self, target: str = "checkerboard", timesteps: TimestepSampler | None = None) -> None:
@@ -112,17 +112,17 @@ class Targeted(Denoising):
         self,
         backbone: Backbone,
         posterior: Posterior,
-        embedding: Float[Tensor, "1 length width"],
+        embedding: Conditioning,
         draw: Draw,
     ) -> Float[Tensor, " n"]:
         """The denoising loss of each image less its distance from the target after one reverse step."""
         latents = posterior.sample(draw.posterior_noise)
-        noisy = backbone.add_noise(latents, draw.timesteps, draw.noise)
-        prediction = backbone.predict(noisy, draw.timesteps, embedding.expand(len(latents), -1, -1))
-        loss = squared_distance(prediction, backbone.target(latents, draw.timesteps, draw.noise))
+        noisy = backbone.noising.add_noise(latents, draw.timesteps, draw.noise)
+        prediction = backbone.predict(noisy, draw.timesteps, embedding.expanded(len(latents)))
+        loss = backbone.distance(prediction, latents, draw.timesteps, draw.noise)
         target = self._goal(backbone, latents.shape[-1] * backbone.downscale, latents)
-        goal = backbone.add_noise(target.expand_as(latents), draw.timesteps - 1, draw.noise)
-        return loss - squared_distance(backbone.denoise_once(noisy, draw.timesteps, prediction), goal)
+        goal = backbone.noising.add_noise(target.expand_as(latents), draw.timesteps - 1, draw.noise)
+        return loss - squared_distance(backbone.noising.step_back(noisy, draw.timesteps, prediction), goal)
 
     def _goal(self, backbone: Backbone, side: int, like: Tensor) -> Float[Tensor, "1 c rows columns"]:
         """The latent of the target at ``side`` pixels, computed once for each base model where ``like`` is."""
@@ -168,7 +168,7 @@ class Transformed(Objective):
         self,
         backbone: Backbone,
         posterior: Posterior,
-        embedding: Float[Tensor, "1 length width"],
+        embedding: Conditioning,
         draw: Draw,
     ) -> Float[Tensor, " n"]:
         """The objective of each transformed image."""

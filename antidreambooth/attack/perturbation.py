@@ -17,7 +17,7 @@ from antidreambooth.attack.canvas import STEP, Canvas
 from antidreambooth.attack.objectives import Denoising, Objective
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
-from antidreambooth.diffusion.backbone import Backbone, Posterior, frozen
+from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior, frozen
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.precision import cast_once
 from antidreambooth.diffusion.recording import Recording
@@ -61,7 +61,7 @@ def pixel_gradient(
     objective: Objective,
     backbone: Backbone,
     images: Float[Tensor, "n 3 h w"],
-    embedding: Float[Tensor, "1 length width"],
+    embedding: Conditioning,
     draws: Sequence[Draw],
     micro_batch: int,
 ) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, ""]]:
@@ -177,7 +177,7 @@ class PGD:
         memory = canvas.begin(self.rule) if memory is None or not self.rule.lasting else memory
         total, slope = torch.zeros((2,), device=state.device, dtype=torch.float32)
         # A recording rounds weights by itself: it reads those that stay where they are.
-        rounded = nullcontext() if self.recorded else cast_once(backbone.unet, backbone.vae.encoder)
+        rounded = nullcontext() if self.recorded else cast_once(backbone.denoiser, backbone.vae.encoder)
         with frozen(backbone), rounded:
             embedding = surrogate.prompt_embedding()
             for number in range(self.steps):
@@ -196,17 +196,21 @@ class PGD:
         self,
         backbone: Backbone,
         images: Float[Tensor, "n 3 h w"],
-        embedding: Float[Tensor, "1 length width"],
+        embedding: Conditioning,
         draws: Sequence[Draw],
     ) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, ""]]:
         """``pixel_gradient``, or its recording."""
         if not self.recorded:
             return pixel_gradient(self.objective, backbone, images, embedding, draws, self.micro_batch)
         if backbone not in self.recordings:
-            known_as = ref(backbone)  # the recording must not keep the model
+            known_as, kind, parts = (
+                ref(backbone),
+                type(embedding),
+                len(embedding),
+            )  # the recording must not keep the model
 
-            def run(images: Tensor, embedding: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
-                model = known_as()
+            def run(images: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+                model, embedding, drawn = known_as(), kind(others[:parts]), others[parts:]
                 assert model is not None
                 size = len(drawn) // self.draws
                 draws = [Draw.of_tensors(drawn[start : start + size]) for start in range(0, len(drawn), size)]
@@ -214,5 +218,5 @@ class PGD:
 
             self.recordings[backbone] = Recording(run)
         drawn = (part for draw in draws for part in draw.tensors)
-        gradient, value = self.recordings[backbone](images, embedding, *drawn)
+        gradient, value = self.recordings[backbone](images, *embedding, *drawn)
         return gradient, value

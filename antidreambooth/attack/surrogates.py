@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior
 from antidreambooth.diffusion.defaults import given
-from antidreambooth.diffusion.draws import Draw, Uniform
+from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.precision import cast_once
 from antidreambooth.diffusion.recording import Recording
 from antidreambooth.diffusion.seeding import Turn
@@ -40,7 +40,7 @@ class Surrogate(Protocol):
         """Trains on the perturbed photos for one phase; returns the phase's mean loss."""
         ...
 
-    def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
+    def prompt_embedding(self) -> Conditioning:
         """The prompt that the attack expects, as the text encoder sees it now."""
         ...
 
@@ -78,13 +78,13 @@ class Fixed:
         return torch.zeros((), device=generator.device, dtype=torch.float32)
 
     @torch.no_grad()
-    def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
+    def prompt_embedding(self) -> Conditioning:
         """The prompt."""
         return self.backbone.embed([self.prompt])
 
     def weight_norm(self) -> Float[Tensor, ""]:
         """No weight learns."""
-        return torch.zeros((), device=self.backbone.alphas_cumprod.device, dtype=torch.float32)
+        return torch.zeros((), device=self.backbone.device, dtype=torch.float32)
 
 
 class Alternating:
@@ -141,20 +141,20 @@ class Alternating:
         backbone, training = self.backbone, self.training
         prompts = still_prompts(backbone, training, self.classes is not None)
         # A recording rounds weights by itself: it reads those that stay where they are.
-        rounded = nullcontext() if self.recording else cast_once(backbone.unet)
+        rounded = nullcontext() if self.recording else cast_once(backbone.denoiser)
         with training_mode(backbone, training), rounded:
             for batch, class_batch in zip(batches, classes, strict=True):
                 posterior = joined(instances.rows(batch), self.classes.rows(class_batch) if self.classes else None)
-                draw = Draw.sample(backbone, posterior.mean.shape, Uniform(), generator)
+                draw = Draw.sample(backbone, posterior.mean.shape, generator)
                 total = total + self._step(posterior, draw, prompts)
         self.weights.forget()
         return total / max(steps, 1)
 
-    def _step(self, posterior: Posterior, draw: Draw, prompts: Tensor | None) -> Float[Tensor, ""]:
+    def _step(self, posterior: Posterior, draw: Draw, prompts: Conditioning | None) -> Float[Tensor, ""]:
         """One optimizer step; returns its loss."""
         if self.recording:
-            still = () if prompts is None else (prompts,)
-            (loss,) = self.recording(*posterior, *draw.tensors, *still)
+            self.kind = Conditioning if prompts is None else type(prompts)
+            (loss,) = self.recording(*posterior, *draw.tensors, *(prompts or ()))
             self.weights.update()
         else:
             loss = batch_loss(self.backbone, self.training, posterior, self.classes is not None, draw, prompts)
@@ -166,13 +166,13 @@ class Alternating:
     ) -> tuple[Tensor, ...]:
         """What is recorded of a step: all but the optimizer's part."""
         posterior, draw = Posterior(mean, std), Draw(timesteps, noise, drawn)
-        prompts = still[0] if still else None
+        prompts = self.kind(still) if still else None
         loss = batch_loss(self.backbone, self.training, posterior, self.classes is not None, draw, prompts)
         torch.autograd.backward(loss)
         return (loss.detach(),)
 
     @torch.no_grad()
-    def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
+    def prompt_embedding(self) -> Conditioning:
         """The instance prompt, as the text encoder sees it now."""
         return self.backbone.embed([self.training.instance_prompt])
 
@@ -218,7 +218,7 @@ class Offloaded:
         with self._present():
             return self.surrogate.learn_cloaked(images, turn, generator)
 
-    def prompt_embedding(self) -> Float[Tensor, "1 length width"]:
+    def prompt_embedding(self) -> Conditioning:
         """The other's; call it while borrowed."""
         return self.surrogate.prompt_embedding()
 

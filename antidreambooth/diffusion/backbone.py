@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from antidreambooth.diffusion.configs import Configs, Pair, whole_number
 from antidreambooth.diffusion.defaults import Defaults
+from antidreambooth.diffusion.densities import TimestepSampler, Uniform
+from antidreambooth.diffusion.noising import Noising
+from antidreambooth.diffusion.precision import borrowing, made_on_cpu, precise
 
 Checkpointing = bool | Literal["vae"]  # of which activations are computed again in the backward pass
 
 
 class Posterior(NamedTuple):
-    """Latents of images before sampling: a diagonal Gaussian, already multiplied by the VAE's scaling factor."""
+    """Latents of images before sampling: a diagonal Gaussian, in the units that the denoiser sees."""
 
     mean: Float[Tensor, "n c h w"]
     std: Float[Tensor, "n c h w"]
@@ -32,90 +37,317 @@ class Posterior(NamedTuple):
         return Posterior(self.mean[index], self.std[index])
 
 
-class Backbone(nn.Module, ABC):
-    """A latent diffusion model (arXiv:2112.10752): what every family of base models can do, and formulas they share.
+class Conditioning(tuple[Tensor, ...]):
+    """What the denoiser is told about prompts: a row of each part belongs to a prompt.
 
-    Weights are fp32 masters; run the methods under ``torch.autocast`` for speed. Losses are reduced in fp32.
-
-    Args:
-        unet: noise predictor.
-        vae: image autoencoder; never trained here.
-        text_encoder: turns tokens into embeddings.
-        tokenizer: turns prompts into tokens.
-        scheduler: noise schedule; its ``prediction_type`` is ``epsilon`` or ``v_prediction``.
-        defaults: what this model wants where the user says nothing.
+    Only a base model's family knows what the parts are; everybody else passes them on.
     """
 
-    alphas_cumprod: Tensor
+    def repeated(self, count: int) -> Conditioning:
+        """Each row ``count`` times, one after the other."""
+        return Conditioning(part.repeat_interleave(count, dim=0) for part in self)
 
-    def __init__(
-        self,
-        unet: Any,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        scheduler: Any,
-        defaults: Defaults | None = None,
-    ) -> None:
+    def expanded(self, count: int) -> Conditioning:
+        """Of one prompt, for ``count`` images."""
+        return Conditioning(part.expand(count, *part.shape[1:]) for part in self)
+
+
+class Backbone(nn.Module, ABC):
+    """A latent diffusion model (arXiv:2112.10752): what every family of base models can do, and what they share.
+
+    The components are attributes under the names that the family's official pipeline has for them. What learns is held
+    in fp32; run the methods under ``torch.autocast`` for speed. Losses are reduced in fp32.
+
+    Args:
+        defaults: what this model wants where the user says nothing; the family's when not given.
+        parts: the components.
+    """
+
+    family: ClassVar[str]  # in words
+    official: ClassVar[Any]  # the pipeline of diffusers in which results load
+    networks: ClassVar[Mapping[str, Any]]  # components with weights, and their classes
+    tokenizers: ClassVar[Mapping[str, Any]]
+    published: ClassVar[Defaults]
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    text_lora: ClassVar[tuple[str, ...]] = ()  # text encoders that may learn
+    density: ClassVar[TimestepSampler] = Uniform()
+    scheduler_kind: ClassVar[Any] = None  # what the scheduler's config is read into; the class that it names if None
+    schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)  # names of schedulers it may have
+    arguments: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # of the pipeline, for the parts of a Conditioning
+    guidance: ClassVar[tuple[str, float]] = ("guidance_scale", 1.0)  # of the pipeline, with its value for none
+    options: ClassVar[Mapping[str, Any]] = {}  # of every call of the pipeline
+    left_out: ClassVar[Mapping[str, Any]] = {}  # arguments of the pipeline's constructor that are always these
+    switches: ClassVar[Mapping[str, Any]] = {}  # and those that a model's folder sets, with their usual values
+
+    scheduler: Any  # these and some of the others each family has
+    vae: Any
+    unet: Any
+    transformer: Any
+    text_encoder: Any
+    tokenizer: Any
+
+    def __init__(self, *, defaults: Defaults | None = None, **parts: Any) -> None:
         super().__init__()
-        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-        self.tokenizer, self.scheduler = tokenizer, scheduler
-        self.defaults = defaults or Defaults()
-        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.clone(), persistent=False)
+        for name, part in {**self.switches, **parts}.items():
+            setattr(self, name, part)
+        self.defaults = defaults or self.published
+        with made_on_cpu():
+            self.noising = self.law(dict(self.scheduler.config))
+        self.decoder_rests, self.encodes_twice = False, False
+        self.remembered: dict[tuple[str, ...], Conditioning] = {}  # prompts, once the text encoders rest
         self.requires_grad_(False)
         self.eval()
 
-    @property
-    @abstractmethod
-    def latent_channels(self) -> int:
-        """Channels of a latent."""
+    # What a family says of its config files, before anything is loaded.
 
-    @property
-    @abstractmethod
-    def downscale(self) -> int:
-        """Pixels of an image per latent, along one side."""
+    @classmethod
+    def misfit(cls, configs: Configs, defaults: Defaults) -> str:
+        """What is wrong with a model of this family that its config files show, in words; nothing where it can work.
+
+        Args:
+            configs: of the components, completed by what holds where a file says nothing.
+            defaults: what the model wants where the user says nothing.
+        """
+        if (found := configs["scheduler"].get("_class_name")) not in cls.schedulers:
+            return f"is no plain {cls.family}: its scheduler/ is of the kind {found}, not {' or '.join(cls.schedulers)}"
+        for left, found, right, wanted in cls.fits(configs):
+            if found != wanted:
+                return f"has a {left} of {found} and a {right} of {wanted}: they do not fit"
+        return ""
+
+    @classmethod
+    def fits(cls, configs: Configs) -> Iterable[Pair]:
+        """Numbers in two config files that have to be the same."""
+        return ()
+
+    @classmethod
+    def step(cls, configs: Configs) -> int:
+        """A picture's side is a multiple of so many pixels."""
+        return 2 * cls.shrinkage(configs)
+
+    @classmethod
+    def smallest(cls, configs: Configs) -> int:
+        """The smallest side of a picture in pixels."""
+        return cls.step(configs)
+
+    @classmethod
+    def shrinkage(cls, configs: Configs) -> int:
+        """Pixels of a picture per latent, along one side."""
+        return int(2 ** (len(configs["vae"]["block_out_channels"]) - 1))
+
+    @classmethod
+    def made_for(cls, configs: Configs) -> int | None:
+        """The side in pixels of the pictures that the denoiser was made for, where its config says so."""
+        size = configs[cls.denoiser_name()].get("sample_size")
+        first, *others = size if isinstance(size, list | tuple) and size else [size]
+        return first * cls.shrinkage(configs) if whole_number(first) and {*others} <= {first} else None
+
+    @classmethod
+    def denoiser_name(cls) -> str:
+        """The component that is the denoiser."""
+        return "unet" if "unet" in cls.networks else "transformer"
+
+    # What a family does in its own way.
 
     @abstractmethod
-    def encode(self, images: Float[Tensor, "n 3 h w"]) -> Posterior:
-        """Images in [-1, 1] to the posterior of their latents."""
+    def encode_text(self, prompts: list[str]) -> Conditioning:
+        """Prompts through tokenizers and text encoders."""
 
     @abstractmethod
-    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
-        """Latents to images in [-1, 1]."""
-
-    @abstractmethod
-    def embed(self, prompts: list[str]) -> Float[Tensor, "p length width"]:
-        """Prompts to what the denoiser is conditioned on."""
-
-    @abstractmethod
-    def predict(
+    def denoise(
         self,
         noisy: Float[Tensor, "n c h w"],
-        timesteps: Int[Tensor, " n"],
-        embeddings: Float[Tensor, "n length width"],
+        times: Shaped[Tensor, " n"],
+        conditioning: Conditioning,
     ) -> Float[Tensor, "n c h w"]:
-        """u(z_t, t, c) in fp32: the noise or v, whichever the model predicts."""
+        """What the denoiser says, in the sense of ``Noising.target``.
 
-    @abstractmethod
+        Args:
+            noisy: z_t.
+            times: of ``Noising.times``, in the scheduler's unit: about 0 (clean) to 1000 (noise).
+            conditioning: a row for each image.
+        """
+
+    def law(self, config: Mapping[str, Any]) -> Noising:
+        """The noise law, from the scheduler's config."""
+        return Noising.flow(config)
+
+    def negative(self, count: int) -> Conditioning:
+        """What classifier-free guidance leads away from."""
+        return self.embed([""] * count)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of an image per latent, along one side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def to_latents(self, images: Float[Tensor, "n 3 h w"]) -> Posterior:
+        """What the autoencoder's encoder makes of images."""
+        latent, scale, shift = self.vae.encode(images).latent_dist, self.vae.config.scaling_factor, self._shift()
+        return Posterior((precise(latent.mean) - shift) * scale, precise(latent.std) * scale)
+
+    def from_latents(self, latents: Float[Tensor, "n c h w"]) -> Tensor:
+        """What the autoencoder's decoder makes of latents."""
+        pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor + self._shift()).sample
+        return pictures
+
+    def sampler(self) -> Any:
+        """A fresh scheduler to draw pictures with."""
+        return type(self.scheduler).from_config(self.scheduler.config)
+
+    def kept_scheduler(self) -> Any:
+        """What is saved with the model: the one that it came with."""
+        return self.scheduler
+
+    def pack(self, latents: Float[Tensor, "n c h w"]) -> Tensor:
+        """Latents in the form that the pipeline takes."""
+        return latents
+
+    def unpack(self, packed: Tensor, like: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Latents out of the form that the pipeline gives."""
+        return packed
+
+    def given(self, conditioning: Conditioning, prefix: str = "") -> dict[str, Any]:
+        """Conditioning as arguments of the pipeline."""
+        return {prefix + name: part for name, part in zip(self.arguments, conditioning, strict=True)}
+
+    # What all share.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.noising.signal.device
+
+    @property
+    def lora_layers(self) -> list[str]:
+        """Names of the denoiser's layers that the usual LoRA changes."""
+        return [*self.lora_targets]
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it draws in a few steps, which fine-tuning takes from it: its base model is the better surrogate."""
+        return False
+
+    @property
+    def denoiser(self) -> Any:
+        """The network that predicts: a U-Net or a transformer."""
+        return getattr(self, self.denoiser_name())
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """The text encoders by name."""
+        return {name: getattr(self, name) for name in self.networks if name.startswith("text_encoder")}
+
+    @property
+    def pixels_said(self) -> int:
+        """Pixels per latent that the pipeline is told of; it draws what the latents' shape asks for."""
+        return self.downscale
+
+    def guides(self, scale: float) -> bool:
+        """Whether a scale of classifier-free guidance asks for predictions without the prompt, too."""
+        return scale > self.guidance[1]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Of an image of so many pixels: channels, height, width."""
+        return self.latent_channels, height // self.downscale, width // self.downscale
+
+    def encode(self, images: Float[Tensor, "n 3 h w"]) -> Posterior:
+        """Images in [-1, 1] to the posterior of their latents."""
+        if not (self.encodes_twice and images.requires_grad):
+            return self.to_latents(images)
+        return checkpoint(self.to_latents, images, use_reentrant=False)
+
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
+        """Latents to images in [-1, 1]."""
+        with borrowing(self.vae.decoder, latents.device) if self.decoder_rests else nullcontext():
+            return self.from_latents(latents).float().clamp(-1, 1)
+
+    def embed(self, prompts: list[str]) -> Conditioning:
+        """Prompts to what the denoiser is told about them."""
+        if not self.remembered:
+            return self.encode_text(prompts)
+        if (known := tuple(prompts)) not in self.remembered:
+            with ExitStack() as present:
+                for encoder in self.text_encoders.values():
+                    present.enter_context(borrowing(encoder, self.device))
+                self.remembered[known] = self.encode_text(prompts)
+        return self.remembered[known]
+
+    def predict(
+        self, noisy: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], conditioning: Conditioning
+    ) -> Float[Tensor, "n c h w"]:
+        """u(z_t, t, c) in fp32, in the sense of ``Noising.target``."""
+        return precise(self.denoise(noisy, self.noising.times[timesteps], conditioning))
+
     def checkpoint(self, which: Checkpointing) -> None:
         """Recomputes activations in the backward pass: less memory for about a third more time.
 
         Args:
-            which: of none (False), of denoiser and autoencoder (True), or of the autoencoder alone (``vae``).
+            which: of none (False), of denoiser and autoencoder (True), or of the autoencoder alone (``vae``). Text
+                encoders' are small.
         """
+        if which:
+            # Some autoencoders refuse: of these the whole encoder is run again.
+            self.encodes_twice = not getattr(self.vae, "_supports_gradient_checkpointing", False)
+            if not self.encodes_twice:
+                self.vae.enable_gradient_checkpointing()
+        if which is True:
+            self.denoiser.enable_gradient_checkpointing()
 
-    @abstractmethod
     def rest_decoder(self) -> None:
         """Keeps the decoder in main memory from now on; ``decode`` has it on the device while it is at work."""
+        self.decoder_rests = True
+        self.vae.decoder.to("cpu")
 
-    @abstractmethod
-    def pipeline(self) -> Any:
-        """The family's official diffusers pipeline around these very modules, without a progress bar."""
+    def pipeline(self, scheduler: Any = None) -> Any:
+        """The family's official pipeline around these very modules, without a progress bar.
 
-    @property
-    def timesteps(self) -> int:
-        """T, the length of the noise schedule."""
-        return len(self.alphas_cumprod)
+        Args:
+            scheduler: of the pipeline; the sampler when not given.
+        """
+        if scheduler is None:
+            with made_on_cpu():
+                scheduler = self.sampler()
+        parts = {name: getattr(self, name) for name in (*self.networks, *self.tokenizers, *self.switches)}
+        pipeline = self.official(**parts, scheduler=scheduler, **self.left_out)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def draw(
+        self,
+        noise: Float[Tensor, "n c h w"],
+        told: Conditioning,
+        against: Conditioning | None,
+        steps: int,
+        guidance_scale: float,
+    ) -> Float[Tensor, "n c h w"]:
+        """Latents of pictures, by the official pipeline from given noise.
+
+        Args:
+            noise: standard normal.
+            told: what the pictures should show, a row for each.
+            against: what guidance leads away from; None without guidance.
+            steps: of the sampler.
+            guidance_scale: classifier-free guidance, in the family's own scale.
+        """
+        height, width = (side * self.pixels_said for side in noise.shape[-2:])
+        latents = self.pipeline()(
+            **self.given(told),
+            **(self.given(against, "negative_") if against else {}),
+            **{self.guidance[0]: guidance_scale},
+            **self.options,
+            latents=self.pack(noise),
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            output_type="latent",
+        ).images
+        return self.unpack(latents, noise)
 
     @torch.no_grad()
     def encode_all(self, images: Float[Tensor, "n 3 h w"], micro_batch: int) -> Posterior:
@@ -128,52 +360,31 @@ class Backbone(nn.Module, ABC):
         """Images in [-1, 1] through the autoencoder and back: the most of them that this model could ever draw."""
         return self.decode(self.encode(images).mean)
 
-    def add_noise(
-        self, latents: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], noise: Float[Tensor, "n c h w"]
-    ) -> Float[Tensor, "n c h w"]:
-        """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) e (arXiv:2006.11239, equation 4)."""
-        signal, spread = self._levels(timesteps)
-        return signal * latents + spread * noise
-
-    def target(
-        self, latents: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], noise: Float[Tensor, "n c h w"]
-    ) -> Float[Tensor, "n c h w"]:
-        """What the U-Net should predict: e, or v = sqrt(abar_t) e - sqrt(1 - abar_t) z (arXiv:2202.00512)."""
-        if self.scheduler.config.prediction_type == "epsilon":
-            return noise
-        signal, spread = self._levels(timesteps)
-        return signal * noise - spread * latents
-
     def denoising_loss(
         self,
         latents: Float[Tensor, "n c h w"],
         timesteps: Int[Tensor, " n"],
         noise: Float[Tensor, "n c h w"],
-        embeddings: Float[Tensor, "n length width"],
+        conditioning: Conditioning,
     ) -> Float[Tensor, " n"]:
-        """L(x; w, c) = || u(z_t, t, c) - target ||^2, the mean over each image's latent, in fp32."""
-        prediction = self.predict(self.add_noise(latents, timesteps, noise), timesteps, embeddings)
-        return squared_distance(prediction, self.target(latents, timesteps, noise))
+        """L(x; w, c) = weight_t || u(z_t, t, c) - target ||^2, the mean over each image's latent, in fp32."""
+        noisy = self.noising.add_noise(latents, timesteps, noise)
+        return self.distance(self.predict(noisy, timesteps, conditioning), latents, timesteps, noise)
 
-    def denoise_once(
+    def distance(
         self,
-        noisy: Float[Tensor, "n c h w"],
-        timesteps: Int[Tensor, " n"],
         prediction: Float[Tensor, "n c h w"],
-    ) -> Float[Tensor, "n c h w"]:
-        """The mean of q(z_{t-1} | z_t, z_0) with the predicted z_0, for t >= 1 (arXiv:2006.11239, equations 7, 15)."""
-        signal, spread = self._levels(timesteps)
-        if self.scheduler.config.prediction_type == "epsilon":
-            clean = (noisy - spread * prediction) / signal
-        else:
-            clean = signal * noisy - spread * prediction
-        before, _ = self._levels(timesteps - 1)
-        alpha = (signal / before).square()
-        return (before * (1 - alpha) * clean + alpha.sqrt() * (1 - before.square()) * noisy) / spread.square()
+        latents: Float[Tensor, "n c h w"],
+        timesteps: Int[Tensor, " n"],
+        noise: Float[Tensor, "n c h w"],
+    ) -> Float[Tensor, " n"]:
+        """The loss of a prediction that is there already."""
+        target = self.noising.target(latents, timesteps, noise)
+        return self.noising.weight[timesteps] * squared_distance(prediction, target)
 
-    def _levels(self, timesteps: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-        abar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        return abar.sqrt(), (1 - abar).sqrt()
+    def _shift(self) -> float:
+        """What the newer autoencoders take from a latent before they scale it."""
+        return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
 
     def learned(self) -> list[nn.Parameter]:
         """The weights that learn; none of an untouched model's do."""
@@ -181,7 +392,7 @@ class Backbone(nn.Module, ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights and the noise schedule: which model this is, whatever its folder is called."""
-        return sha256({**self.state_dict(), "alphas_cumprod": self.alphas_cumprod})
+        return sha256({**self.state_dict(), **self.noising.identity})
 
     def learned_fingerprint(self) -> str:
         """The same over the weights that learn: whether they have learned anything."""
@@ -195,11 +406,6 @@ def sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def precise(values: Tensor) -> Tensor:
-    """In fp32, or better where they are: autocast computes in less."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def squared_distance(a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:

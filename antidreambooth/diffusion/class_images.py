@@ -85,7 +85,7 @@ def folder_of(
     backbone: Backbone, prompt: str, resolution: int, seed: int = 0, batch: int = BATCH, fingerprint: str | None = None
 ) -> Path:
     """Where ``class_images`` keeps what it draws, for the same arguments; need not exist."""
-    kind = backbone.alphas_cumprod.device.type
+    kind = backbone.device.type
     made_by: dict[str, Any] = {
         "backbone": fingerprint or backbone.fingerprint(),
         "prompt": prompt,

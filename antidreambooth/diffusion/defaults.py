@@ -52,7 +52,8 @@ class Defaults:
         prior_weight: weight of the prior-preservation loss.
         class_prompt: prompt of the class images.
         guidance_scale: classifier-free guidance when sampling.
-        sampling_steps: DDIM steps when sampling.
+        sampling_steps: steps of the sampler.
+        resolution: side of the pictures in pixels; what the denoiser was made for when not given.
         blurred_references: whether a person's clean photos are compared with as the model's autoencoder shows them,
             for one that blurs so much that a verifier would reject the photos themselves.
         notice: terms that a run must show before anything else.
@@ -66,6 +67,7 @@ class Defaults:
     class_prompt: str = "a photo of person"
     guidance_scale: float = 7.5
     sampling_steps: int = 50
+    resolution: int | None = None
     blurred_references: bool = False
     notice: str = ""
 
@@ -73,6 +75,7 @@ class Defaults:
         require("prior_weight", self.prior_weight, 0)
         require("guidance_scale", self.guidance_scale, 0)
         require("sampling_steps", self.sampling_steps, 1)
+        require("resolution", self.resolution, 1)
 
     def recipe(self, role: Role) -> Recipe:
         """How this model is fine-tuned in a role."""
@@ -80,23 +83,27 @@ class Defaults:
         return recipe
 
     @classmethod
-    def read(cls, folder: Path) -> Defaults:
-        """The defaults in a model's folder; the published ones where it has no file of them.
+    def read(cls, folder: Path, published: Defaults) -> Defaults:
+        """The defaults in a model's folder, and the published ones where it says nothing.
+
+        Args:
+            folder: of the model.
+            published: those of its family.
 
         Raises:
             InputError: the file cannot be read, is no JSON object, or has other keys than these.
         """
         file = folder / FILE
         if not file.is_file():
-            return cls()
+            return published
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise InputError("it is no JSON object")
-            if None in values.values():
-                raise InputError(f"{next(key for key in values if values[key] is None)} has no value")
+            if nothing := [key for key, value in values.items() if value is None and key != "resolution"]:
+                raise InputError(f"{nothing[0]} has no value")
             recipes = {key: Recipe(**value) for key, value in values.items() if isinstance(value, dict)}
-            return cls(**{**values, **recipes})
+            return dataclasses.replace(published, **{**values, **recipes})
         except (InputError, OSError, TypeError, ValueError) as error:
             # InputError: a number out of range. TypeError: a dataclass's, for a key that it does not have.
             raise InputError(f"{file} cannot be used: {error}; its keys are those of {cls.__name__}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,23 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.densities import TimestepSampler
 from antidreambooth.diffusion.seeding import normal
-
-
-class TimestepSampler(ABC):
-    """Draws one timestep per image from {0 .. total - 1}."""
-
-    @abstractmethod
-    def __call__(self, count: int, total: int, generator: torch.Generator) -> Int[Tensor, " n"]:
-        """``count`` timesteps on the generator's device."""
-
-
-class Uniform(TimestepSampler):
-    """Every timestep with equal chance, as DreamBooth and Anti-DreamBooth draw it."""
-
-    def __call__(self, count: int, total: int, generator: torch.Generator) -> Int[Tensor, " n"]:
-        """``count`` timesteps on the generator's device."""
-        return torch.randint(total, (count,), generator=generator, device=generator.device)
 
 
 @dataclass(frozen=True)
@@ -41,10 +25,14 @@ class Draw:
 
     @classmethod
     def sample(
-        cls, backbone: Backbone, shape: torch.Size, timesteps: TimestepSampler, generator: torch.Generator
+        cls,
+        backbone: Backbone,
+        shape: Sequence[int],
+        generator: torch.Generator,
+        timesteps: TimestepSampler | None = None,
     ) -> Draw:
-        """For latents of ``shape`` (n c h w), on the generator's device."""
-        drawn = timesteps(shape[0], backbone.timesteps, generator)
+        """For latents of ``shape`` (n c h w), on the generator's device; timesteps as the base model wants them."""
+        drawn = (timesteps or backbone.density)(shape[0], len(backbone.noising), generator)
         noise, posterior_noise = normal((2, *shape), generator)
         return cls(drawn, noise, posterior_noise)
 

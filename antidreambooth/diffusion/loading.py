@@ -5,26 +5,28 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.configs import Configs, completed
 from antidreambooth.diffusion.defaults import Defaults
-from antidreambooth.diffusion.families import stable_diffusion as family
-from antidreambooth.diffusion.families.stable_diffusion import NETWORKS, OTHERS, PARTS, StableDiffusion
+from antidreambooth.diffusion.families import FAMILIES, family_named
 from antidreambooth.diffusion.integrity import faults
 from antidreambooth.diffusion.precision import made_on_cpu
-from antidreambooth.diffusion.source import Named, Source, download_command, locate
+from antidreambooth.diffusion.source import INDEX, Named, Source, download_command, locate
 from antidreambooth.errors import InputError, OutOfRangeError, causes, first_line
 
 LOADING: tuple[type[BaseException], ...] = (  # what diffusers and transformers raise for a model that they cannot load
@@ -37,6 +39,12 @@ LOADING: tuple[type[BaseException], ...] = (  # what diffusers and transformers 
 LOGGING = (diffusers_logging, transformers_logging)
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 # diffusers' words for weights of another shape than the config's; transformers lists them in its report.
+SCHEDULER = "scheduler"
+LEFT_OVER = re.compile(r"(^|\.)position_ids$|^logit_scale$|^(vision_model|visual_projection)\.|^lm_head\.")
+HARMLESS = {  # what files may hold beside a network's weights: the rest of a whole CLIP, positions of old files
+    CLIPTextModel: re.compile(rf"{LEFT_OVER.pattern}|^text_projection\."),
+    CLIPTextModelWithProjection: LEFT_OVER,
+}
 OTHER_SHAPE = re.compile(r"(\S+) expected shape torch\.Size\((\[.*?\])\), but got torch\.Size\((\[.*?\])\)")
 
 
@@ -48,11 +56,12 @@ def load_backbone(named: Named) -> Backbone:
             with a revision and a variant.
 
     Raises:
-        InputError: a component is missing or damaged, the components do not fit each other, this is no Stable
-            Diffusion 1.x / 2.x, or the hub cannot be reached.
+        InputError: a component is missing or damaged, the components do not fit each other, the model is of no family
+            that is supported, or the hub cannot be reached.
     """
     source = Source.of(named)
-    configs, place = inspect(source), locate(source)
+    kind, configs = inspect(source)
+    place = locate(source)
     where: dict[str, Any] = {"revision": source.revision, "local_files_only": isinstance(place, Path)}
 
     def load(component: Any, part: str, **kwargs: Any) -> Any:
@@ -62,9 +71,9 @@ def load_backbone(named: Named) -> Backbone:
     def network(component: Any, part: str) -> Any:
         ours = issubclass(component, ModelMixin)  # diffusers': it names a weight of another shape by itself
         how = {"torch_dtype": torch.float32} if ours else {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-        files = {"variant": variant_of(source, part), "use_safetensors": True}
+        files = {"variant": variant_of(source, part, component), "use_safetensors": True}
         made, report = load(component, part, **how, **files, output_loading_info=True)
-        if wrong := faults(made.state_dict(), report, family.HARMLESS.get(part)):
+        if wrong := faults(made.state_dict(), report, HARMLESS.get(component, LEFT_OVER)):
             raise InputError(
                 f"the backbone {source} cannot be used: {part}/ {wrong}; its files are damaged or of another model: "
                 "download or convert them again"
@@ -72,20 +81,42 @@ def load_backbone(named: Named) -> Backbone:
         return made
 
     with made_on_cpu():
-        parts = {part: load(kind, part) for part, kind in OTHERS.items()}
-        family.check_tokens(parts["tokenizer"], configs["text_encoder"], str(source))
-        parts |= {part: network(kind, part) for part, kind in NETWORKS.items()}
-        backbone = StableDiffusion(**parts, defaults=read_defaults(source))
+        parts = {part: load(tokenizer, part) for part, tokenizer in kind.tokenizers.items()}
+        parts[SCHEDULER] = load(_scheduler_kind(kind, configs), SCHEDULER)
+        _check_tokens(parts, kind, configs, source)
+        parts |= {part: network(component, part) for part, component in kind.networks.items()}
+        index = _json(source, INDEX)
+        switches = {name: index[name] for name in kind.switches if isinstance(index.get(name), bool)}
+        backbone = kind(**parts, **switches, defaults=read_defaults(source))
     for parameter in backbone.parameters():
         # Out of the memory-mapped file: its tensors lie at any byte, and matrix products round by alignment.
         parameter.data = parameter.data.clone()
     return backbone
 
 
+def family_of(named: Named) -> type[Backbone]:
+    """The family of a base model, by the pipeline that its ``model_index.json`` names.
+
+    Raises:
+        InputError: it names another one, or the file cannot be had.
+    """
+    source = Source.of(named)
+    index = _json(source, INDEX)
+    name = index.get("_class_name")
+    kind = family_named(name) if isinstance(name, str) else None
+    if kind is None:
+        raise InputError(
+            f"the backbone {source} is a {name} ({INDEX}), which is not supported: a model of one of these works: "
+            f"{', '.join(FAMILIES)}"
+        )
+    return kind
+
+
 def read_defaults(named: Named) -> Defaults:
     """What the base model wants where the user says nothing, without loading it."""
-    place = locate(Source.of(named))
-    return Defaults.read(place) if isinstance(place, Path) else Defaults()
+    source = Source.of(named)
+    place, published = locate(source), family_of(source).published
+    return Defaults.read(place, published) if isinstance(place, Path) else published
 
 
 def resolution_of(named: Named, wanted: int | None = None) -> int:
@@ -101,16 +132,28 @@ def resolution_of(named: Named, wanted: int | None = None) -> int:
         InputError: the model cannot be used, does not say what it was made for, or takes no images of this size.
     """
     source = Source.of(named)
-    configs = inspect(source)
-    step, least = family.downscale(configs["vae"]), family.smallest(configs)
+    kind, configs = inspect(source)
+    step, least = kind.step(configs), kind.smallest(configs)
     if wanted is None:
-        return step * family.latent_side(configs["unet"], str(source))
+        return _usual_resolution(source, kind, configs)
     if wanted < least or wanted % step:
         below = wanted // step * step
         usable = " or ".join(str(side) for side in (below, below + step) if side >= least) or least
         allowed = f"{least} or more and a multiple of {step} pixels for the backbone {source}, such as {usable}"
         raise OutOfRangeError("resolution", wanted, allowed)
     return wanted
+
+
+def _usual_resolution(source: Source, kind: type[Backbone], configs: Configs) -> int:
+    """What the base model is usually trained at, or was made for."""
+    if found := read_defaults(source).resolution or kind.made_for(configs):
+        return found
+    part = kind.denoiser_name()
+    raise InputError(
+        f"the backbone {source} does not say what square images it was made for ({part}/config.json: sample_size "
+        f"{configs[part].get('sample_size')}): give --model.resolution, in Python cloak(..., resolution=...), or write "
+        "it there"
+    )
 
 
 def shared_resolution(sources: Sequence[Source], wanted: int | None = None) -> int:
@@ -126,22 +169,92 @@ def shared_resolution(sources: Sequence[Source], wanted: int | None = None) -> i
     return side
 
 
-def inspect(source: Source) -> dict[str, dict[str, Any]]:
-    """A base model's config files by component, after a look at whether it can work; loads no weights.
+def inspect(source: Source) -> tuple[type[Backbone], Configs]:
+    """A base model's family and its config files by component, after a look at whether it can work; loads no weights.
+
+    Config files are completed by what holds where they say nothing.
 
     Raises:
-        InputError: it cannot.
+        InputError: it cannot work.
     """
-    configs = {part: _config(source, part) for part in PARTS}
+    kind = family_of(source)
+    place, files = locate(source), files_of(kind)
+    if isinstance(place, Path) and (missing := [file for file in files.values() if not (place / file).is_file()]):
+        raise InputError(
+            f"the backbone folder {source.name} lacks {', '.join(missing)}: a {kind.family} model consists of "
+            f"{', '.join(f'{part}/' for part in files)}"
+        )
     with quiet():
-        family.check(configs, read_defaults(source), str(source))
-    for part in NETWORKS:
-        variant_of(source, part)
-    return configs
+        configs = {part: _json(source, file) for part, file in files.items()}
+        reason = _other_kind(kind, configs)
+        if not reason:
+            configs |= {part: completed(component, configs[part]) for part, component in kind.networks.items()}
+            reason = kind.misfit(configs, read_defaults(source))
+    if reason:
+        raise InputError(f"the backbone {source} {reason}")
+    for part, component in kind.networks.items():
+        variant_of(source, part, component)
+    return kind, configs
 
 
-def variant_of(source: Source, part: str) -> str | None:
+def files_of(kind: type[Backbone]) -> dict[str, str]:
+    """Each component's config file, without which it is missing."""
+    return {part: f"{part}/{_config_of(part)}" for part in (*kind.networks, *kind.tokenizers, SCHEDULER)}
+
+
+def _config_of(part: str) -> str:
+    """The name of a component's config file."""
+    own = part == SCHEDULER or part.startswith("tokenizer")
+    return f"{part.rstrip('_0123456789')}_config.json" if own else "config.json"
+
+
+def _other_kind(kind: type[Backbone], configs: Configs) -> str:
+    """Which component is of another kind than the family's, in words; nothing where all are as they should be."""
+    for part, component in kind.networks.items():
+        values, wanted = configs[part], component.__name__
+        if values.get("quantization_config"):
+            return f"holds quantized weights ({part}/config.json); weights of 16 or 32 bits work"
+        if issubclass(component, ModelMixin):
+            found = values.get("_class_name", wanted)
+        else:
+            wanted = component.config_class.model_type
+            found = values.get("model_type", wanted)
+            if (found, wanted) == ("clip", "clip_text_model"):  # a whole CLIP: its text encoder is taken
+                found = wanted
+        if found != wanted:
+            return f"is no plain {kind.family}: its {part}/ is of the kind {found}, not {wanted}"
+    return ""
+
+
+def _scheduler_kind(kind: type[Backbone], configs: Configs) -> Any:
+    """The class of the scheduler: the family's or, where it leaves that open, the one that the model's folder names."""
+    if kind.scheduler_kind is not None:
+        return kind.scheduler_kind
+    found = getattr(diffusers, str(configs[SCHEDULER].get("_class_name")), None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise InputError(f"scheduler_config.json names a scheduler that there is not: {configs[SCHEDULER]}")
+    return found
+
+
+def _check_tokens(parts: Mapping[str, Any], kind: type[Backbone], configs: Configs, source: Source) -> None:
+    """Refuses a tokenizer with tokens that its text encoder has no embedding for."""
+    for part in kind.tokenizers:
+        encoder = part.replace("tokenizer", "text_encoder")
+        tokens, known = len(parts[part]), configs[encoder]["vocab_size"]
+        if tokens > known:
+            raise InputError(
+                f"the backbone {source} has a {part} of {tokens} tokens and a {encoder} that knows {known}: "
+                "they are of different models"
+            )
+
+
+def variant_of(source: Source, part: str, component: Any) -> str | None:
     """Which variant of a component's weights is loaded, None for the plain ones; on the hub the one that is asked for.
+
+    Args:
+        source: the base model.
+        part: the component's name.
+        component: its class.
 
     Raises:
         InputError: a folder has no such weights, or several variants and nobody has said which.
@@ -149,7 +262,7 @@ def variant_of(source: Source, part: str) -> str | None:
     place, wanted = locate(source), source.variant or None
     if not isinstance(place, Path):
         return wanted
-    there = _variants(place / part, "diffusion_pytorch_model" if issubclass(NETWORKS[part], ModelMixin) else "model")
+    there = _variants(place / part, "diffusion_pytorch_model" if issubclass(component, ModelMixin) else "model")
     if wanted in there:
         return wanted
     if wanted is None and len(there) == 1:
@@ -178,17 +291,14 @@ def _variants(folder: Path, stem: str) -> set[str | None]:
     return {match["variant"] for match in matches if match and not re.search(r"-\d{5}-of-\d{5}", match[0])}
 
 
-def _config(source: Source, part: str) -> dict[str, Any]:
-    """A component's config file."""
+def _json(source: Source, file: str) -> dict[str, Any]:
+    """One of a base model's small files; ``file`` is its path in the model's folder."""
     place = locate(source)
-    with _named_errors(source, part):
-        if isinstance(place, Path):
-            file = str(place / part / PARTS[part])
-        else:
-            file = hf_hub_download(place, f"{part}/{PARTS[part]}", revision=source.revision)
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
+    with _named_errors(source, file.partition("/")[0]):
+        path = place / file if isinstance(place, Path) else hf_hub_download(place, file, revision=source.revision)
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
-            raise ValueError(f"{PARTS[part]} is no JSON object")
+            raise ValueError(f"{Path(file).name} is no JSON object")
         return values
 
 
@@ -215,7 +325,7 @@ def bytes_of_networks(named: Named) -> dict[str, int]:
                 network = kind(kind.config_class.from_pretrained(place, subfolder=part, **where))
         return int(sum(weights.numel() for weights in network.parameters())) * torch.float32.itemsize
 
-    return {part: size(kind, part) for part, kind in NETWORKS.items()}
+    return {part: size(kind, part) for part, kind in family_of(source).networks.items()}
 
 
 @contextmanager
@@ -232,7 +342,9 @@ def _advice(source: Source, part: str, error: BaseException) -> str:
     reason = first_line(error)
     refusals = [e.strerror for e in causes(error) if isinstance(e, OSError) and e.errno in UNWRITABLE]
     if isinstance(locate(source), Path):
-        fix = f"it must hold {part}/ with {PARTS[part]}{' and safetensors weights' if part in NETWORKS else ''}"
+        config = _config_of(part)
+        weights = " and safetensors weights" if config == "config.json" else ""
+        fix = f"it must hold {INDEX}" if part == INDEX else f"it must hold {part}/ with {config}{weights}"
         if shape := OTHER_SHAPE.search(reason):
             reason = f"{shape[1]} has the shape {shape[3]}, not {shape[2]} as its config.json says"
     elif refusals:

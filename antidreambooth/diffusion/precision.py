@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d)  # modules whose weights autocast rounds, and nothing else sees
@@ -138,3 +138,8 @@ def usual_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def precise(values: Tensor) -> Tensor:
+    """In fp32, or better where they are: autocast computes in less."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -27,7 +27,7 @@ class Generation:
         images: pictures for each prompt.
         batch: how many are sampled at a time.
         guidance_scale: classifier-free guidance; the backbone's own when not given.
-        sampling_steps: DDIM steps; the backbone's own when not given.
+        sampling_steps: steps of the sampler; the backbone's own when not given.
         seed: of the noise; the same for every victim, so that pictures can be compared.
     """
 
@@ -64,20 +64,13 @@ def sample(
         InputError: the model draws no finite numbers, or has fewer steps in its noise schedule.
     """
     steps = given(steps, backbone.defaults.sampling_steps)
-    require("sampling_steps", steps, 1, backbone.timesteps)
-    # Of no effect where latents are given; but the pipeline looks at the U-Net's sample_size where there is none, and
-    # wants multiples of 8.
-    side = 8 * noise.shape[-1]
-    with made_on_cpu(), evaluating(backbone):  # diffusers tokenizes to the default device
-        latents: Tensor = backbone.pipeline()(
-            prompt=[prompt] * len(noise),
-            latents=noise,
-            height=side,
-            width=side,
-            guidance_scale=given(guidance_scale, backbone.defaults.guidance_scale),
-            num_inference_steps=steps,
-            output_type="latent",
-        ).images
+    require("sampling_steps", steps, 1, len(backbone.noising))
+    scale = given(guidance_scale, backbone.defaults.guidance_scale)
+    with made_on_cpu(), evaluating(backbone):  # diffusers makes tensors on the default device
+        # Each prompt as often as there are pictures: one row repeated rounds otherwise than several rows.
+        told = backbone.embed([prompt] * len(noise))
+        against = backbone.negative(len(noise)) if backbone.guides(scale) else None
+        latents = backbone.draw(noise, told, against, steps, scale)
         require_finite(latents, prompt)  # the decoder clamps infinity to white
         with full_precision(latents.device):
             images = torch.cat([backbone.decode(one) for one in torch.split(latents.float(), 1)])  # fp32 takes memory
@@ -118,12 +111,11 @@ def blank(pictures: UInt8[Tensor, "n 3 h w"]) -> Bool[Tensor, " n"]:
 
 def noise_of(backbone: Backbone, resolution: int, indices: Iterable[int], seed: int) -> Float[Tensor, "n c h w"]:
     """Starting noise that depends on each picture's index only, whatever it is sampled together with."""
-    side = resolution // backbone.downscale
-    shape = (backbone.latent_channels, side, side)
+    shape = backbone.latent_shape(resolution, resolution)
     words = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] for index in indices]
     generators = [torch.Generator("cpu").manual_seed(int(word)) for word in words]
     noise = [normal(shape, generator) for generator in generators]
-    return torch.stack(noise).to(backbone.alphas_cumprod.device)
+    return torch.stack(noise).to(backbone.device)
 
 
 @contextmanager

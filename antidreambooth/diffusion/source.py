@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from antidreambooth.diffusion.families.stable_diffusion import FAMILY, PARTS
 from antidreambooth.errors import InputError
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
 SINGLE_FILES = (".safetensors", ".ckpt")  # a whole model in one file, as many are shared
 SHOWN = 5  # names in a message
-LAYOUT = f"it must hold a {FAMILY} model in diffusers layout ({', '.join(f'{part}/' for part in PARTS)})"
+INDEX = "model_index.json"  # says which pipeline a folder is of, and so which family
+LAYOUT = f"it must hold a model in diffusers layout: {INDEX}, and a folder for each component"
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,14 @@ def locate(source: Source) -> str | Path:
     What exists, and what would lie in a folder that exists, is never taken for a hub id.
 
     Raises:
-        InputError: neither a folder that holds all components nor a hub id.
+        InputError: neither a folder in diffusers layout nor a hub id.
     """
     name = source.name
     folder = EMBEDDED if name == "embedded" else Path(name).expanduser()
     try:
         if folder.is_dir():
-            missing = [f"{part}/{file}" for part, file in PARTS.items() if not (folder / part / file).is_file()]
-            if missing:
-                raise InputError(f"the backbone folder {name} lacks {', '.join(missing)}: {LAYOUT}")
+            if not (folder / INDEX).is_file():
+                raise InputError(f"the backbone folder {name} lacks {INDEX}: {LAYOUT}")
             return folder
         if folder.exists():
             raise InputError(_no_folder(folder))
@@ -105,8 +104,9 @@ def download_command(source: Source) -> str:
     """
     patterns = [f"*/*.{source.variant}*.safetensors"] if source.variant else ["*/*.safetensors"]
     others = [] if source.variant else ["*/*.*.safetensors"]  # fp16, non_ema and the like
+    small = ["*.json", "*/*.txt", "*/*.model", "*/*.jinja"]  # configs, and what tokenizers are made of
     words = [
-        *(word for pattern in ["*/*.json", "*/*.txt", *patterns] for word in ("--include", pattern)),
+        *(word for pattern in [*small, *patterns] for word in ("--include", pattern)),
         *(word for pattern in [*others, "safety_checker/*"] for word in ("--exclude", pattern)),
         *(["--revision", source.revision] if source.revision else []),
     ]

@@ -31,7 +31,7 @@ COSTS = {  # of a cloak: heading and digits
     "lpips": ("LPIPS", 3),
     "largest_difference": ("largest difference of 255", 0),
     "seconds": ("seconds", 0),
-    "unet": ("U-Net passes", 0),
+    "denoiser": ("Denoiser passes", 0),
     "encoder": ("encoder passes", 0),
 }
 

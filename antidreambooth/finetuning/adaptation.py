@@ -50,7 +50,7 @@ class Adaptation(ABC):
         with torch.random.fork_rng(devices=[]), made_on_cpu():
             torch.manual_seed(seed)  # a LoRA starts from random numbers
             self.prepare(backbone, bool(training.train_text_encoder))
-        backbone.to(backbone.alphas_cumprod.device)
+        backbone.to(backbone.device)
         backbone.checkpoint(training.gradient_checkpointing)
 
     def surrogate_settings(self, training: DreamBooth, defaults: Defaults) -> DreamBooth:

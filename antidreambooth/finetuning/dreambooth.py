@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from antidreambooth.diffusion.backbone import Backbone, Checkpointing, Posterior
+from antidreambooth.diffusion.backbone import Backbone, Checkpointing, Conditioning, Posterior
 from antidreambooth.diffusion.defaults import Defaults, Role, given
-from antidreambooth.diffusion.draws import Draw, Uniform
-from antidreambooth.errors import require
+from antidreambooth.diffusion.draws import Draw
+from antidreambooth.errors import InputError, require
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,15 @@ class DreamBooth:
         )
 
 
-def embed_prompts(backbone: Backbone, training: DreamBooth, prior: bool) -> Float[Tensor, "p length width"]:
+def embed_prompts(backbone: Backbone, training: DreamBooth, prior: bool) -> Conditioning:
     """The instance prompt and, with prior preservation, the class prompt, as the text encoder sees them now."""
     others = [given(training.prior.class_prompt, backbone.defaults.class_prompt)] if prior else []
     return backbone.embed([training.instance_prompt, *others])
 
 
-def still_prompts(backbone: Backbone, training: DreamBooth, prior: bool) -> Float[Tensor, "p length width"] | None:
+def still_prompts(backbone: Backbone, training: DreamBooth, prior: bool) -> Conditioning | None:
     """The same where no step changes it, to be computed once for all of them; None where the text encoder learns."""
-    if any(weight.requires_grad for weight in backbone.text_encoder.parameters()):
+    if any(weight.requires_grad for encoder in backbone.text_encoders.values() for weight in encoder.parameters()):
         return None
     return embed_prompts(backbone, training, prior)
 
@@ -106,7 +106,7 @@ def dreambooth_loss(
     instances: Posterior,
     classes: Posterior | None,
     generator: torch.Generator,
-    prompts: Float[Tensor, "p length width"] | None = None,
+    prompts: Conditioning | None = None,
 ) -> Float[Tensor, ""]:
     """L(x_instance; instance prompt) + weight L(x_class; class prompt) (arXiv:2208.12242, equation 2), one batch.
 
@@ -121,7 +121,7 @@ def dreambooth_loss(
         prompts: what ``still_prompts`` gave; computed here where it is None.
     """
     posterior = joined(instances, classes)
-    draw = Draw.sample(backbone, posterior.mean.shape, Uniform(), generator)
+    draw = Draw.sample(backbone, posterior.mean.shape, generator)
     return batch_loss(backbone, training, posterior, classes is not None, draw, prompts)
 
 
@@ -138,7 +138,7 @@ def batch_loss(
     posterior: Posterior,
     prior: bool,
     draw: Draw,
-    prompts: Float[Tensor, "p length width"] | None = None,
+    prompts: Conditioning | None = None,
 ) -> Float[Tensor, ""]:
     """``dreambooth_loss`` once its randomness is drawn.
 
@@ -152,10 +152,9 @@ def batch_loss(
     """
     if prompts is None:
         prompts = embed_prompts(backbone, training, prior)
-    count = len(posterior.mean) // len(prompts)
-    embeddings = prompts.repeat_interleave(count, dim=0)
+    count = len(posterior.mean) // (2 if prior else 1)
     latents = posterior.sample(draw.posterior_noise)
-    losses = backbone.denoising_loss(latents, draw.timesteps, draw.noise, embeddings)
+    losses = backbone.denoising_loss(latents, draw.timesteps, draw.noise, prompts.repeated(count))
     if not prior:
         return losses.mean()
     return losses[:count].mean() + given(training.prior.weight, backbone.defaults.prior_weight) * losses[count:].mean()
@@ -163,8 +162,21 @@ def batch_loss(
 
 def trainable(backbone: Backbone, training: DreamBooth) -> list[nn.Module]:
     """The parts of the backbone that DreamBooth trains."""
-    parts: list[nn.Module] = [backbone.unet]
-    return [*parts, backbone.text_encoder] if training.train_text_encoder else parts
+    encoders = learning_encoders(backbone) if training.train_text_encoder else []
+    return [backbone.denoiser, *encoders]
+
+
+def learning_encoders(backbone: Backbone) -> list[nn.Module]:
+    """The text encoders that learn where one does.
+
+    Raises:
+        InputError: none of this family's is ever trained.
+    """
+    if not backbone.text_lora:
+        raise InputError(
+            f"the text encoder of {backbone.family} is not trained by anybody: leave out train_text_encoder"
+        )
+    return [backbone.text_encoders[name] for name in backbone.text_lora]
 
 
 @contextmanager

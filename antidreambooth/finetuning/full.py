@@ -7,10 +7,11 @@ from pathlib import Path
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.loading import load_backbone, quiet
 from antidreambooth.finetuning.adaptation import Adaptation, explained
+from antidreambooth.finetuning.dreambooth import learning_encoders
 
 
 class Full(Adaptation):
-    """Every weight of the U-Net and, if so set, of the text encoder: DreamBooth as published (arXiv:2208.12242).
+    """Every weight of the denoiser and, if so set, of the text encoder: DreamBooth as published (arXiv:2208.12242).
 
     Saved as a whole pipeline's folder, ``model/``.
     """
@@ -20,18 +21,18 @@ class Full(Adaptation):
 
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
         """Unfreezes the weights."""
-        backbone.unet.requires_grad_(True)
-        backbone.text_encoder.requires_grad_(train_text_encoder)
+        for part in [backbone.denoiser, *(learning_encoders(backbone) if train_text_encoder else [])]:
+            part.requires_grad_(True)
 
     def save(self, backbone: Backbone, folder: Path) -> None:
-        """A folder for ``StableDiffusionPipeline.from_pretrained``, which is a backbone of this project, too."""
+        """A folder for the official pipeline's ``from_pretrained``, which is a backbone of this project, too."""
         with quiet():
-            backbone.pipeline().save_pretrained(folder, safe_serialization=True)
+            backbone.pipeline(backbone.kept_scheduler()).save_pretrained(folder, safe_serialization=True)
         backbone.defaults.write(folder)
 
     def load(self, backbone: Backbone, folder: Path) -> None:
-        """Takes over the U-Net and the text encoder."""
+        """Takes over the denoiser and the text encoders."""
         with explained(folder):
             trained = load_backbone(str(folder))
-            backbone.unet.load_state_dict(trained.unet.state_dict())
-            backbone.text_encoder.load_state_dict(trained.text_encoder.state_dict())
+            for name in (backbone.denoiser_name(), *backbone.text_encoders):
+                getattr(backbone, name).load_state_dict(getattr(trained, name).state_dict())

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -18,6 +17,7 @@ from antidreambooth.diffusion.integrity import listed, unusable
 from antidreambooth.diffusion.loading import quiet
 from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.adaptation import Adaptation, explained
+from antidreambooth.finetuning.dreambooth import learning_encoders
 
 FILE = "pytorch_lora_weights.safetensors"
 OLD_NAMES = re.compile(r"\.(?:lora|lora_linear_layer)\.(down|up)\.")  # diffusers' for peft's lora_A and lora_B
@@ -25,14 +25,14 @@ NEW_NAMES = {"down": "A", "up": "B"}
 
 
 class LoRA(Adaptation):
-    """Low-rank updates of the attention layers (arXiv:2106.09685), as most people fine-tune today.
+    """Low-rank updates of some layers (arXiv:2106.09685), as most people fine-tune today.
 
     Saved as ``lora/pytorch_lora_weights.safetensors``.
 
     Args:
         rank: of the updates.
         alpha: their scale is alpha / rank; the rank when not given.
-        targets: names of the U-Net's layers that get one.
+        targets: names of the denoiser's layers that get one; the usual ones of the base model's family when not given.
         text_targets: names of the text encoder's layers that get one, if it is trained.
     """
 
@@ -43,8 +43,8 @@ class LoRA(Adaptation):
         self,
         rank: int = 16,
         alpha: int | None = None,
-        targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"],  # noqa: B006 (never changed)
-        text_targets: list[str] = ["q_proj", "k_proj", "v_proj", "out_proj"],  # noqa: B006
+        targets: list[str] | None = None,
+        text_targets: list[str] = ["q_proj", "k_proj", "v_proj", "out_proj"],  # noqa: B006 (never changed)
     ) -> None:
         require("rank", rank, 1)
         require("alpha", alpha, 1)
@@ -52,9 +52,9 @@ class LoRA(Adaptation):
 
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
         """Adds the updates; only they are trained."""
-        parts = [(backbone.unet, self.targets)]
+        parts = [(backbone.denoiser, self.targets or backbone.lora_layers)]
         if train_text_encoder:
-            parts.append((backbone.text_encoder, self.text_targets))
+            parts += [(encoder, self.text_targets) for encoder in learning_encoders(backbone)]
         for part, targets in parts:
             missing = [target for target in targets if not _matching(part, [target])]
             if missing:
@@ -67,42 +67,36 @@ class LoRA(Adaptation):
 
     def save(self, backbone: Backbone, folder: Path) -> None:
         """A file for ``pipeline.load_lora_weights``."""
-
-        def layers(part: nn.Module) -> dict[str, Tensor] | None:
-            if not getattr(part, "peft_config", None):
-                return None
+        given: dict[str, object] = {}
+        for name in adapted(backbone):
+            part = getattr(backbone, name)
             # Embeddings are never changed; peft would look for a file to see whether they were.
-            state: dict[str, Tensor] = convert_state_dict_to_diffusers(
-                get_peft_model_state_dict(part, save_embedding_layers=False)
-            )
-            return state
-
-        def metadata(part: nn.Module) -> dict[str, object] | None:
-            config = getattr(part, "peft_config", None)
-            if not config:
-                return None
+            layers = get_peft_model_state_dict(part, save_embedding_layers=False)
+            # A denoiser's names stay peft's: the older ones exist for some layers only, and of a mixed file not all is
+            # loaded. Text encoders' loaders want the older ones.
+            older = part is not backbone.denoiser
+            given[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(layers) if older else layers
             # A set's order changes from run to run, and the metadata with it.
-            return {k: sorted(v) if isinstance(v, set) else v for k, v in config["default"].to_dict().items()}
-
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=layers(backbone.unet),
-            text_encoder_lora_layers=layers(backbone.text_encoder),
-            unet_lora_adapter_metadata=metadata(backbone.unet),
-            text_encoder_lora_adapter_metadata=metadata(backbone.text_encoder),
-        )
+            config = part.peft_config["default"].to_dict().items()
+            given[f"{name}_lora_adapter_metadata"] = {k: sorted(v) if isinstance(v, set) else v for k, v in config}
+        backbone.official.save_lora_weights(folder, **given)
 
     def load(self, backbone: Backbone, folder: Path) -> None:
         """Adds the trained updates."""
         with explained(folder), quiet(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*inconsistency was discovered between the PEFT config.*")  # ours to say
-            state, _, metadata = StableDiffusionPipeline.lora_state_dict(
-                folder, weight_name=FILE, return_lora_metadata=True
-            )
+            *found, metadata = backbone.official.lora_state_dict(folder, weight_name=FILE, return_lora_metadata=True)
+            state = found[0]  # of older pipelines the alphas follow
             if wrong := unusable(state):
                 raise InputError(f"{FILE} {wrong}")
             backbone.pipeline().load_lora_weights(folder, weight_name=FILE)
             _require_whole(backbone, state, metadata or {})
+
+
+def adapted(backbone: Backbone) -> list[str]:
+    """The components that hold low-rank updates."""
+    names = (backbone.denoiser_name(), *backbone.text_encoders)
+    return [name for name in names if getattr(getattr(backbone, name), "peft_config", None)]
 
 
 def _matching(network: nn.Module, targets: list[str]) -> list[str]:
@@ -121,7 +115,7 @@ def _require_whole(backbone: Backbone, state: Mapping[str, Tensor], metadata: Ma
     """
     asked = {name.partition(".")[0] for name in (*metadata, *state)}
     wanted: set[str] = set()
-    for part in ("unet", "text_encoder"):
+    for part in (backbone.denoiser_name(), *backbone.text_encoders):
         network = getattr(backbone, part)
         if adapters := [*getattr(network, "peft_config", {})]:
             updates = get_peft_model_state_dict(network, adapter_name=adapters[-1], save_embedding_layers=False)

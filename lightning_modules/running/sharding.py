@@ -26,7 +26,7 @@ def shard(strategy: Strategy, backbone: Backbone) -> None:
     if not isinstance(strategy, ModelParallelStrategy):
         return
     mesh = strategy.device_mesh["data_parallel"]
-    for part in (backbone.unet, backbone.text_encoder):
+    for part in (backbone.denoiser, *backbone.text_encoders.values()):
         if not any(parameter.requires_grad for parameter in part.parameters()):
             continue
         for module in blocks(part):

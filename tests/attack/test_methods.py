@@ -47,7 +47,7 @@ def test_every_method_becomes_what_its_row_says(method, small_model, small_v_mod
     wanted = "a photo of person" if row.surrogate == "untouched" else TRAINING.instance_prompt
     expected = [model.embed([wanted]) for model in models]
     for surrogate, embedding in zip(made, expected, strict=True):
-        assert torch.equal(surrogate.prompt_embedding(), embedding)
+        assert torch.equal(*surrogate.prompt_embedding(), *embedding)
 
 
 def test_settings_reach_attack_and_surrogates(backbone):

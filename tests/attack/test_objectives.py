@@ -12,7 +12,8 @@ from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.surrogates import Fixed
 from antidreambooth.attack.targets import PATTERNS, target_image
 from antidreambooth.attack.transforms import Crop, Flip
-from antidreambooth.diffusion.draws import Draw, Uniform
+from antidreambooth.diffusion.densities import Uniform
+from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
@@ -36,21 +37,21 @@ def test_one_reverse_step_is_diffusers_without_its_noise(any_backbone, monkeypat
     noisy, prediction = torch.randn((2, 1, 4, 2, 2), generator=generator())
     scheduler = DDPMScheduler.from_config(any_backbone.scheduler.config, clip_sample=False)
     wanted = scheduler.step(prediction, t, noisy).prev_sample
-    actual = any_backbone.denoise_once(noisy, torch.tensor([t]), prediction)
+    actual = any_backbone.noising.step_back(noisy, torch.tensor([t]), prediction)
     torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_targeted_is_the_loss_less_the_distance_from_the_noised_target(any_backbone, monkeypatch):
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda shape, **_: torch.zeros(shape))
     images, objective = to_float(random_images(3)), Targeted("stripes")
-    embedding = any_backbone.embed([PROMPT]).detach()
+    embedding = any_backbone.embed([PROMPT])
     draw = objective.draw(any_backbone, images, generator())
     with torch.no_grad():
         actual = value(objective, any_backbone, images, embedding, draw)
         loss = value(Denoising(), any_backbone, images, embedding, draw)
         latents = any_backbone.encode(images).sample(draw.posterior_noise)
         noisy = any_backbone.scheduler.add_noise(latents, draw.noise, draw.timesteps)
-        out = any_backbone.unet(noisy, draw.timesteps, embedding.expand(3, -1, -1)).sample
+        out = any_backbone.denoise(noisy, draw.timesteps, embedding.expanded(3))
         goal = any_backbone.encode(target_image("stripes", 16)).mean
         for i, t in enumerate(draw.timesteps):
             step = any_backbone.scheduler.step(out[i : i + 1], int(t), noisy[i : i + 1]).prev_sample
@@ -69,7 +70,7 @@ def test_targeted_never_draws_the_level_that_has_none_before_it(backbone):
 
 def test_targeted_pgd_raises_its_objective(backbone):
     originals, objective = to_float(random_images(2)) * 0.5, Targeted("checkerboard")
-    embedding = backbone.embed([PROMPT]).detach()
+    embedding = backbone.embed([PROMPT])
     draw = objective.draw(backbone, originals, generator())
     before = value(objective, backbone, originals, embedding, draw).mean()
     attack = PGD(steps=30, objective=objective)
@@ -158,7 +159,7 @@ def test_transforms_are_drawn_anew_in_every_step(backbone):
 def test_transforms_are_gone_through_in_their_order(backbone):
     images, inner, crop, flip = to_float(random_images(4)), Denoising(), Crop(0.5), Flip()
     objective = Transformed([crop, flip], inner)
-    draw, embedding = objective.draw(backbone, images, generator()), backbone.embed([PROMPT]).detach()
+    draw, embedding = objective.draw(backbone, images, generator()), backbone.embed([PROMPT])
     with torch.no_grad():
         wanted = value(inner, backbone, flip(crop(images, draw.transforms[0]), draw.transforms[1]), embedding, draw)
         plain = value(inner, backbone, images, embedding, draw)
@@ -170,7 +171,7 @@ def test_transforms_are_gone_through_in_their_order(backbone):
 def test_nested_transforms_each_get_their_own_numbers(backbone):
     images = to_float(random_images(2))
     nested, flat = Transformed([Flip()], Transformed([Crop()])), Transformed([Flip(), Crop()])
-    embedding = backbone.embed([PROMPT]).detach()
+    embedding = backbone.embed([PROMPT])
     with torch.no_grad():
         values = [value(o, backbone, images, embedding, o.draw(backbone, images, generator())) for o in (nested, flat)]
     torch.testing.assert_close(*values)

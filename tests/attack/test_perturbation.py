@@ -64,7 +64,7 @@ def test_pixel_gradient_is_that_of_a_finite_difference(any_backbone, objective):
     any_backbone.double()
     images = to_float(random_images(2)).double()
     draw = objective.draw(any_backbone, images, Turn(0).generator(images.device))
-    embedding = any_backbone.embed([PROMPT]).detach()
+    embedding = any_backbone.embed([PROMPT])
     direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def value(x):
@@ -84,7 +84,7 @@ def test_pixel_gradient_is_that_of_a_finite_difference(any_backbone, objective):
 def test_micro_batches_do_not_change_the_gradient(any_backbone, objective, micro_batch):
     images = to_float(random_images(5))
     draw = objective.draw(any_backbone, images, Turn(0).generator(images.device))
-    embedding = any_backbone.embed([PROMPT]).detach()
+    embedding = any_backbone.embed([PROMPT])
     expected, value = pixel_gradient(objective, any_backbone, images, embedding, [draw], 5)
     actual, same_value = pixel_gradient(objective, any_backbone, images, embedding, [draw], micro_batch)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
@@ -97,7 +97,7 @@ def test_several_draws_give_the_mean_of_their_gradients_for_one_pass_through_the
     images, generator = to_float(random_images(3)).double(), Turn(0).generator(torch.device("cpu"))
     first, *others = (objective.draw(any_backbone, images, generator) for _ in range(3))
     draws = [first, *(replace(draw, transforms=first.transforms) for draw in others)]
-    embedding = any_backbone.embed([PROMPT]).detach()
+    embedding = any_backbone.embed([PROMPT])
     each = [pixel_gradient(objective, any_backbone, images, embedding, [draw], 2) for draw in draws]
     gradients, values = (torch.stack(parts) for parts in zip(*each, strict=True))
     assert not torch.allclose(gradients[0], gradients[1])
@@ -111,7 +111,7 @@ def test_several_draws_give_the_mean_of_their_gradients_for_one_pass_through_the
         gradient, value = pixel_gradient(objective, any_backbone, images, embedding, draws, 2)
     torch.testing.assert_close(gradient, gradients.mean(dim=0), rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(value, values.mean())
-    assert (passes.encoder, passes.unet, back) == (3, 9, [2, 1])
+    assert (passes.encoder, passes.denoiser, back) == (3, 9, [2, 1])
 
 
 def test_a_step_goes_along_the_mean_of_draws_that_differ(backbone):
@@ -126,7 +126,7 @@ def test_a_step_goes_along_the_mean_of_draws_that_differ(backbone):
     attack(Fixed(backbone, PROMPT), SquareCanvas(originals), originals, Turn(0), torch.Generator().manual_seed(0))
     generator, objective = torch.Generator().manual_seed(0), Denoising()
     draws = [objective.draw(backbone, originals, generator) for _ in range(3)]
-    embedding = backbone.embed([PROMPT]).detach()
+    embedding = backbone.embed([PROMPT])
     each = [pixel_gradient(objective, backbone, originals, embedding, [draw], 4)[0] for draw in draws]
     assert len(seen) == 2  # once a step, so that ranks send no more messages
     torch.testing.assert_close(seen[0], torch.stack(each).mean(dim=0), rtol=1e-4, atol=1e-8)

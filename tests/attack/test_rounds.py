@@ -62,7 +62,7 @@ def reference(backbone, training, originals, clean, classes, bf16):
             t = torch.randint(1000, (4,), generator=generator)
             noise, posterior_noise = torch.randn((2, *both.mean.shape), generator=generator)
             with autocast(bf16):
-                prompts = model.embed([training.instance_prompt, "a photo of person"]).repeat_interleave(2, 0)
+                prompts = model.embed([training.instance_prompt, "a photo of person"]).repeated(2)
             losses = denoising(model, both, t, noise, posterior_noise, prompts)
             (losses[:2].mean() + training.prior.weight * losses[2:].mean()).backward()
             optimizer.step()
@@ -82,7 +82,7 @@ def reference(backbone, training, originals, clean, classes, bf16):
             noise, posterior_noise = torch.randn((2, 4, 4, 8, 8), generator=generator)
             with autocast(bf16):
                 posterior, prompt = prime.encode(images), prime.embed([training.instance_prompt])
-            loss = denoising(prime, posterior, t, noise, posterior_noise, prompt.expand(4, -1, -1))
+            loss = denoising(prime, posterior, t, noise, posterior_noise, prompt.expanded(4))
             loss.mean().backward()
             low, high = (originals - 8 * STEP).clamp(min=-1), (originals + 8 * STEP).clamp(max=1)
             images = (images + 0.8 * STEP * images.grad.sign()).clamp(low, high)

@@ -91,10 +91,10 @@ def test_passes_are_counted_in_images(backbone):
     surrogate, originals = setup(backbone)  # two of four photos and two class images a step, three steps a phase
     with counted([backbone]) as passes:
         alternate([surrogate], SquareCanvas(originals), originals, PGD(micro_batch=3), Turn(0))
-    assert passes.unet == 6 * 4 + 6 * 4
+    assert passes.denoiser == 6 * 4 + 6 * 4
     assert passes.encoder == 6 * 4 + 4
     with counted([backbone]) as several:
         alternate([surrogate], SquareCanvas(originals), originals, PGD(micro_batch=3, draws=3), Turn(0))
-    assert (several.unet, several.encoder) == (6 * 4 + 3 * 6 * 4, passes.encoder)
+    assert (several.denoiser, several.encoder) == (6 * 4 + 3 * 6 * 4, passes.encoder)
     alternate([surrogate], SquareCanvas(originals), originals, PGD(), Turn(1))
     assert passes.encoder == 28  # nothing is counted afterwards

@@ -23,7 +23,7 @@ def denoising_loss(backbone, pixels, draws=48):
     """Mean over many timesteps and noises, the same for every picture given."""
     generator = torch.Generator().manual_seed(0)
     posterior = backbone.encode_all(to_float(pixels), 4)
-    embeddings = backbone.embed(["a photo of sks person"]).expand(len(pixels), -1, -1)
+    embeddings = backbone.embed(["a photo of sks person"]).expanded(len(pixels))
     total = torch.zeros(())
     for _ in range(draws):
         t = torch.randint(1000, (1,), generator=generator).expand(len(pixels))

@@ -29,7 +29,7 @@ def test_a_model_is_made_on_the_cpu_whatever_the_default_is(small_model):
         schedule = backbone.pipeline().scheduler.alphas_cumprod
         restarted = lora(str(small_model))
     assert {tensor.device.type for tensor in (*backbone.parameters(), *backbone.buffers(), schedule)} == {"cpu"}
-    assert schedule.dtype == backbone.alphas_cumprod.dtype == torch.float32
+    assert schedule.dtype == backbone.noising.signal.dtype == torch.float32
     assert backbone.fingerprint() == expected
     for tensor, other in zip(restarted, started, strict=True):
         assert tensor.device.type == "cpu"

@@ -273,7 +273,7 @@ def test_qualities_and_notes_are_shown(tmp_path):
 
 def test_costs_are_means_over_people(tmp_path):
     write_experiment(tmp_path, people=("Ada", "Bob"))
-    costs = [{"psnr": 30.0, "seconds": 100.0, "unet": 1000, "encoder": None}, {"psnr": 34.0, "seconds": 60.5}]
+    costs = [{"psnr": 30.0, "seconds": 100.0, "denoiser": 1000, "encoder": None}, {"psnr": 34.0, "seconds": 60.5}]
     _, markdown, _ = report(
         tmp_path, qualities={(p, "aspl", 8.0): c for p, c in zip(("Ada", "Bob"), costs, strict=True)}
     )

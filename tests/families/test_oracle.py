@@ -147,7 +147,7 @@ def test_prompts_of_two_lengths_in_a_batch_equal_each_alone(case, shared, told):
     for i, prompt in enumerate(PROMPTS):
         alone = shared.predict(start[i : i + 1], rows[i : i + 1], shared.embed([prompt]))
         same(alone, together[i : i + 1])
-    swapped = shared.predict(start, rows, shared.embed(list(reversed(PROMPTS))))
+    swapped = shared.predict(start, rows, shared.embed([*reversed(PROMPTS)]))
     assert not torch.allclose(swapped, together, atol=1e-6)
 
 

@@ -351,7 +351,7 @@ def test_everybody_has_a_surrogate_of_their_own(ask, tmp_path, monkeypatch):
     assert ask(how=how, out="once") == ["worker", "base model", "surrogate", "surrogate"]
     assert not list((tmp_path / "once").glob("*/surrogates"))
     passes = json.loads((tmp_path / "once" / "ann" / "done.json").read_text())["passes"]
-    assert passes["unet"] == 2 * 2 + 2  # two rounds on two photos, a step on two
+    assert passes["denoiser"] == 2 * 2 + 2  # two rounds on two photos, a step on two
     monkeypatch.setattr(launch.tasks, "kept_in_memory", nullcontext)
     assert ask("--names=[ann]", how=how, out="each") == ["worker", "base model", "surrogate"]
     assert results(tmp_path / "each") == results(tmp_path / "once", "ann")

@@ -308,7 +308,7 @@ class FakeFit:
         if "aspl.yaml" in command[1]:
             assert command[0] == "fit"
             shutil.copytree(self.value(command, "data.photos"), root / "cloaked", dirs_exist_ok=True)
-            (root / "manifest.json").write_text('{"passes": {"unet": 12, "encoder": 34}}')
+            (root / "manifest.json").write_text('{"passes": {"denoiser": 12, "encoder": 34}}')
         elif command[0] == "fit":
             assert sorted(Path(self.value(command, "data.photos")).iterdir())
             (root / "model").mkdir()
