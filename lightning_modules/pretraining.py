@@ -82,9 +82,7 @@ class Pretraining(Training):
         for width in widths or []:
             require("widths", width, 1)
         if widths and not anew:
-            raise InputError(
-                "--model.widths are of new weights: leave out --model.anew false"
-            )
+            raise InputError("--model.widths are of new weights: leave out --model.anew false")
         require("learning_rate", learning_rate, above=0)
         require("warmup_steps", warmup_steps, 0)
         require("steps", steps, 1)
