@@ -237,7 +237,7 @@ class Cloaking(BackboneModule):
         # sends some of them by itself.
         signs = self._average(outcome.vital_signs)
         require_vital(signs.tolist(), self.turn)  # the round's one copy from the device
-        names = ("surrogate/clean_loss", "pgd/objective", "surrogate/cloaked_loss", "pgd/gradient")
+        names = ("surrogate/clean_loss", "pgd/objective", "surrogate/cloaked_loss", "pgd/gradient", "pgd/latents")
         values = {
             **dict(zip(names, signs, strict=False)),
             "perturbation/largest": self.perturbation.abs().max() / STEP,

@@ -31,7 +31,12 @@ from lightning_modules.running.strategies import replicates
 from lightning_modules.training import Training
 
 ENCODED = 64  # pictures at a time
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 1.0}  # of a scheduler
+FLOW = {  # of a scheduler; of these the last is what the pipeline expects and makes no difference
+    "use_flow_sigmas": True,
+    "prediction_type": "flow_prediction",
+    "flow_shift": 1.0,
+    "steps_offset": 1,
+}
 GAMMA = 5.0  # of min-SNR weighting, as its paper recommends
 
 

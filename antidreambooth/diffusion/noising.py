@@ -68,9 +68,9 @@ class Noising(nn.Module):
             config: of the scheduler.
             power: the loss counts s^power.
         """
-        shift = config.get("flow_shift", config.get("shift", 1.0))  # a DPM solver has a name of its own for it
-        # A fresh one: sampling overwrites sigmas.
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config({**config, "shift": shift})
+        if "flow_shift" in config:  # a DPM solver's name of the shift, which Euler's scheduler would ignore
+            config = {"num_train_timesteps": config["num_train_timesteps"], "shift": config["flow_shift"]}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))  # a fresh one: sampling overwrites sigmas
         spread, times = scheduler.sigmas.flip(0), scheduler.timesteps.flip(0)
         one, before = torch.ones_like(spread), torch.cat([torch.zeros_like(spread[:1]), spread[:-1]])
         return cls(
