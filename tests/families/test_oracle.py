@@ -131,7 +131,6 @@ def test_decode(case, shared):
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")  # of Sana's solver
 @pytest.mark.parametrize("guided", [False, True])
 def test_draw(case, shared, told, guided):
     expected: Drawing = case.oracle.guided if guided else case.oracle.drawing

@@ -1,6 +1,5 @@
 """The tiny models and their oracle, by themselves."""
 
-import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
@@ -62,7 +61,6 @@ def test_the_oracle_draws_pictures_of_the_prompts(case):
     assert not torch.allclose(one[:both], other[:both], atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")  # the solver's
 def test_sanas_solver_has_the_law_that_its_shift_says():
     """The solver of 999 steps stops at every row but the noisiest."""
     solver = build("sana").scheduler
