@@ -28,7 +28,7 @@ from lightning_modules.running.sharding import shard, sharded, whole_at_birth
 from lightning_modules.running.strategies import check
 
 PRECISIONS = ("32-true", "bf16-mixed")
-FORMAT = 2  # of checkpoints: raised whenever older ones cannot be resumed any more
+FORMAT = 3  # of checkpoints: raised whenever older ones cannot be resumed any more
 FREE = (  # settings that a resumed run may change
     *("micro_batch", "gradient_checkpointing", "offload", "execution"),  # the result differs by rounding at most
     *("generation", "faces", "stability"),  # of a test, which a fit does not depend on
