@@ -19,7 +19,8 @@ from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_wei
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
-from antidreambooth.diffusion.loading import load_backbone, shared_resolution
+from antidreambooth.diffusion.layout import shared_resolution
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import computes_in_bf16, unaffected
 from antidreambooth.diffusion.seeding import Turn, require_seed
 from antidreambooth.diffusion.source import EMBEDDED, Named, Source, locate

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import class_images
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.layout import resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.reuse import remembered
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.diffusion.source import Source

@@ -20,7 +20,7 @@ from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.execution import Execution
-from antidreambooth.diffusion.loading import resolution_of
+from antidreambooth.diffusion.layout import resolution_of
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError

@@ -17,7 +17,8 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior
-from antidreambooth.diffusion.loading import load_backbone, read_defaults
+from antidreambooth.diffusion.layout import read_defaults
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.sampling import Generation, blank, noise_of, sample
 from antidreambooth.diffusion.seeding import uniform

@@ -8,8 +8,15 @@ from typing import Any, TypeGuard
 
 from diffusers import ModelMixin
 
+SCHEDULER = "scheduler"
 Configs = Mapping[str, Mapping[str, Any]]  # by component
 Pair = tuple[str, Any, str, Any]  # what, its number, what else, its number
+
+
+def config_file(part: str) -> str:
+    """The name of a component's config file."""
+    own = part == SCHEDULER or part.startswith("tokenizer")
+    return f"{part.rstrip('_0123456789')}_config.json" if own else "config.json"
 
 
 def completed(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from antidreambooth.diffusion.loading import resolution_of
+from antidreambooth.diffusion.layout import resolution_of
 from antidreambooth.diffusion.sampling import Generation
 from antidreambooth.diffusion.seeding import require_seed
 from antidreambooth.diffusion.source import Source
