@@ -13,10 +13,11 @@ from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download
 
 from antidreambooth.diffusion.backbone import Backbone
-from antidreambooth.diffusion.configs import SCHEDULER, Configs, completed, config_file
+from antidreambooth.diffusion.configs import SCHEDULER, Configs, completed, config_file, without_values
 from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.families import FAMILIES, family_named
 from antidreambooth.diffusion.libraries import named_errors, quiet
+from antidreambooth.diffusion.single_file import held_in_file
 from antidreambooth.diffusion.source import INDEX, Named, Source, locate
 from antidreambooth.errors import InputError, OutOfRangeError
 
@@ -59,7 +60,7 @@ def resolution_of(named: Named, wanted: int | None = None) -> int:
         InputError: the model cannot be used, does not say what it was made for, or takes no images of this size.
     """
     source = Source.of(named)
-    kind, configs = inspect(source)
+    kind, configs, _ = inspect(source)
     step, least = kind.step(configs), kind.smallest(configs)
     if wanted is None:
         return _usual_resolution(source, kind, configs)
@@ -96,10 +97,12 @@ def shared_resolution(sources: Sequence[Source], wanted: int | None = None) -> i
     return side
 
 
-def inspect(source: Source) -> tuple[type[Backbone], Configs]:
-    """A base model's family and its config files by component, after a look at whether it can work; loads no weights.
+def inspect(source: Source) -> tuple[type[Backbone], Configs, set[str]]:
+    """What a base model is, after a look at whether it can work; loads no weights.
 
-    Config files are completed by what holds where they say nothing.
+    Returns:
+        Its family; its config files by component, completed by what holds where they say nothing; and the networks
+        whose weights lie in its one file, if it has one.
 
     Raises:
         InputError: it cannot work.
@@ -119,9 +122,11 @@ def inspect(source: Source) -> tuple[type[Backbone], Configs]:
             reason = kind.misfit(configs, read_defaults(source))
     if reason:
         raise InputError(f"the backbone {source} {reason}")
+    held = held_in_file(source, kind)
     for part, component in kind.networks.items():
-        variant_of(source, part, component)
-    return kind, configs
+        if part not in held:
+            variant_of(source, part, component)
+    return kind, configs, held
 
 
 def files_of(kind: type[Backbone]) -> dict[str, str]:
@@ -170,7 +175,8 @@ def variant_of(source: Source, part: str, component: Any) -> str | None:
     if not there:
         pickles = sorted(file.name for file in (place / part).glob("*.bin"))
         found = f" ({pickles[0]} is a pickle, which may run anything when it is read)" if pickles else ""
-        raise InputError(f"the backbone {source} cannot be loaded: {part}/ holds no safetensors weights{found}")
+        where = f"neither the file nor {part}/ of components holds its" if source.components else f"{part}/ holds no"
+        raise InputError(f"the backbone {source} cannot be loaded: {where} safetensors weights{found}")
     if wanted is None:
         raise InputError(
             f"the backbone {source} cannot be loaded: {part}/ holds several variants of its weights and no plain ones: "
@@ -217,11 +223,8 @@ def bytes_of_networks(named: Named) -> dict[str, int]:
     where: dict[str, Any] = {"revision": source.revision, "local_files_only": isinstance(place, Path)}
 
     def size(kind: Any, part: str) -> int:
-        with named_errors(source, part), quiet(), torch.device("meta"):
-            if issubclass(kind, ModelMixin):
-                network = kind.from_config(kind.load_config(place, subfolder=part, **where))
-            else:
-                network = kind(kind.config_class.from_pretrained(place, subfolder=part, **where))
+        with named_errors(source, part), quiet():
+            network = without_values(kind, place, part, **where)
         return int(sum(weights.numel() for weights in network.parameters())) * torch.float32.itemsize
 
     return {part: size(kind, part) for part, kind in family_of(source).networks.items()}

@@ -46,7 +46,10 @@ def _advice(source: Source, part: str, error: BaseException) -> str:
     if isinstance(locate(source), Path):
         config = config_file(part)
         weights = " and safetensors weights" if config == "config.json" else ""
-        fix = f"it must hold {INDEX}" if part == INDEX else f"it must hold {part}/ with {config}{weights}"
+        holder = "components" if source.file else "it"
+        fix = f"{holder} must hold {part if part == INDEX else f'{part}/ with {config}{weights}'}"
+        if source.file and part == source.file.name:
+            fix = "the file is damaged: download it again"
         if shape := OTHER_SHAPE.search(reason):
             reason = f"{shape[1]} has the shape {shape[3]}, not {shape[2]} as its config.json says"
     elif refusals:

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin, SchedulerMixin
+from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from antidreambooth.diffusion.backbone import Backbone
@@ -18,6 +19,7 @@ from antidreambooth.diffusion.integrity import faults
 from antidreambooth.diffusion.layout import inspect, read_defaults, read_json, variant_of
 from antidreambooth.diffusion.libraries import named_errors, quiet
 from antidreambooth.diffusion.precision import made_on_cpu
+from antidreambooth.diffusion.single_file import network_in_file
 from antidreambooth.diffusion.source import INDEX, Named, Source, locate
 from antidreambooth.errors import InputError
 
@@ -32,15 +34,15 @@ def load_backbone(named: Named) -> Backbone:
     """Loads a base model's components in fp32 onto the CPU, from safetensors only.
 
     Args:
-        named: ``embedded``, a folder in diffusers layout, or a hub id (downloaded once, then cached); or one of these
-            with a revision and a variant.
+        named: ``embedded``, a folder in diffusers layout, or a hub id (downloaded once, then cached); or a ``Source``,
+            which adds a revision, a variant, or to one file the folder of its other components.
 
     Raises:
         InputError: a component is missing or damaged, the components do not fit each other, the model is of no family
             that is supported, or the hub cannot be reached.
     """
     source = Source.of(named)
-    kind, configs = inspect(source)
+    kind, configs, held = inspect(source)
     place = locate(source)
     where: dict[str, Any] = {"revision": source.revision, "local_files_only": isinstance(place, Path)}
 
@@ -48,7 +50,11 @@ def load_backbone(named: Named) -> Backbone:
         with named_errors(source, part), quiet():
             return component.from_pretrained(place, subfolder=part, **where, **kwargs)
 
+    weights = load_file(source.file) if source.file else {}
+
     def network(component: Any, part: str) -> Any:
+        if part in held:
+            return network_in_file(source, part, component, weights)
         ours = issubclass(component, ModelMixin)  # diffusers': it names a weight of another shape by itself
         how = {"torch_dtype": torch.float32} if ours else {"dtype": torch.float32, "ignore_mismatched_sizes": True}
         files = {"variant": variant_of(source, part, component), "use_safetensors": True}
