@@ -1,7 +1,7 @@
 """Tiny models in one file, under the names that the models' own authors gave: what converters of diffusers read.
 
-The names are those of the published files of Stable Diffusion 1.x and 2.x (``cond_stage_model``), of XL (``conditioner``),
-of Stable Diffusion 3 with text encoders, and of Z-Image as ComfyUI keeps it. diffusers' converter for FLUX.1 knows the
+The names are those of the published files of Stable Diffusion 1.x (``cond_stage_model``), of XL (``conditioner``), of
+Stable Diffusion 3 with text encoders, and of Z-Image as ComfyUI keeps it. diffusers' converter for FLUX.1 knows the
 published width only (3072), so a tiny FLUX.1 cannot be in its authors' layout.
 """
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -120,9 +119,7 @@ def clip(network: Any, prefix: str) -> State:
     """As transformers had it when the files were written: everything but the projection in ``text_model``."""
     plain = {name.removeprefix("text_model."): values for name, values in network.state_dict().items()}
     inner = "text_model."
-    return {
-        prefix + (name if name.startswith("text_projection") else inner + name): v for name, v in plain.items()
-    }
+    return {prefix + (name if name.startswith("text_projection") else inner + name): v for name, v in plain.items()}
 
 
 def open_clip(network: Any, prefix: str) -> State:
@@ -233,8 +230,8 @@ ORIGINAL: dict[str, Callable[[Any], State]] = {  # of the tiny models, by their 
 }
 
 
-def write(name: str, pipeline: DiffusionPipeline, file: Path) -> Path:
-    """Writes a tiny model's file in half precision, as most are shared; gives its path."""
-    state = {k: v.half() if v.is_floating_point() else v for k, v in ORIGINAL[name](pipeline).items()}
+def write(name: str, pipeline: Any, file: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes a tiny model's file; gives its path."""
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in ORIGINAL[name](pipeline).items()}
     save_file({name: values.contiguous().clone() for name, values in state.items()}, file)
     return file
