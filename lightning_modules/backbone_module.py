@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import class_images
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.layout import resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.reuse import remembered
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.diffusion.source import Source
@@ -39,9 +40,7 @@ class BackboneModule(LightningModule):
     """A run that trains or uses a base model with fp32 weights.
 
     Args:
-        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
-        revision: branch, tag or commit of a hub id.
-        variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        source: the base model.
         resolution: side of the pictures in pixels; what the backbone was made for when not given.
     """
 
@@ -49,11 +48,11 @@ class BackboneModule(LightningModule):
     hparams: Any  # the constructor's arguments by name; Lightning declares a mapping without attributes
     buffers_kept: tuple[str, ...] = ()  # in checkpoints, beside what is trained
 
-    def __init__(self, *, backbone: str, revision: str | None, variant: str | None, resolution: int | None) -> None:
+    def __init__(self, *, source: Source, resolution: int | None) -> None:
         super().__init__()
         require("resolution", resolution, 1, unit="in pixels")
         self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
-        self.source = Source(backbone, revision, variant)
+        self.source = source
         self.resolution = resolution_of(self.source, resolution)
         self.preemption = Preemption()
         self.draw: Callable[..., UInt8[Tensor, "n 3 h w"]] = class_images  # a dry run draws less

@@ -20,7 +20,7 @@ from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.execution import Execution
-from antidreambooth.diffusion.loading import resolution_of
+from antidreambooth.diffusion.layout import resolution_of
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
@@ -36,7 +36,8 @@ class Ensemble:
 
     Args:
         backbones: ``embedded``, folders in diffusers layout, or hub ids; for a revision or a variant of the weights
-            {name: NAME, revision: REVISION, variant: VARIANT} instead of a name.
+            {name: NAME, revision: REVISION, variant: VARIANT} instead of a name, for one file {name: FILE,
+            components: FOLDER}.
         offload: whether from the first round on only the one at work is on the device, and the others rest in main
             memory; for a single process.
     """
@@ -53,9 +54,11 @@ class Cloaking(BackboneModule):
     identical on all of them.
 
     Args:
-        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
+        backbone: base model: ``embedded``, a folder in diffusers layout, a hub id, or one file (``components``).
         revision: branch, tag or commit of a hub id.
         variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        components: where backbone is one ``.safetensors`` file, a folder in diffusers layout of the same kind of model:
+            its config files, tokenizers and scheduler are used, and its weights of networks that the file lacks.
         resolution: side in pixels at which photos are cloaked; what the backbone was made for when not given.
         budget: largest change of any pixel's value, in 8-bit steps.
         step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
@@ -82,6 +85,7 @@ class Cloaking(BackboneModule):
         backbone: str = "embedded",
         revision: str | None = None,
         variant: str | None = None,
+        components: str | None = None,
         resolution: int | None = None,
         budget: float = 8.0,
         step_size: float | None = None,
@@ -94,7 +98,7 @@ class Cloaking(BackboneModule):
         ensemble: Ensemble = Ensemble(),
         execution: Execution = Execution(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
+        super().__init__(source=Source(backbone, revision, variant, components), resolution=resolution)
         for source in Source.several(ensemble.backbones):
             resolution_of(source, self.resolution)  # a wrong one is found before the others are loaded, or trained on
         self.save_hyperparameters(logger=False)  # a subclass's own, too

@@ -22,6 +22,7 @@ from antidreambooth.diffusion.backbone import Posterior
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.families.stable_diffusion import StableDiffusion, flows
 from antidreambooth.diffusion.precision import made_on_cpu
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, require
 from antidreambooth.files import write_atomically
 from antidreambooth.finetuning.full import Full
@@ -47,9 +48,12 @@ class Pretraining(Training):
     averaged over the steps. Latents are computed once and kept as ``latents.safetensors`` in the run's folder.
 
     Args:
-        backbone: the model that is taken apart: ``embedded``, a folder in diffusers layout, or a hub id.
+        backbone: the model that is taken apart: ``embedded``, a folder in diffusers layout, a hub id, or one
+            file (``components``).
         revision: branch, tag or commit of a hub id.
         variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        components: where backbone is one ``.safetensors`` file, a folder in diffusers layout of the same kind of model:
+            its config files, tokenizers and scheduler are used, and its weights of networks that the file lacks.
         resolution: side of the pictures in pixels; what the backbone was made for when not given.
         widths: of the U-Net's levels; the backbone's own when not given.
         flow: whether it learns to flow from noise to pictures (rectified flow, arXiv:2209.03003), and not what the
@@ -72,6 +76,7 @@ class Pretraining(Training):
         backbone: str = "embedded",
         revision: str | None = None,
         variant: str | None = None,
+        components: str | None = None,
         resolution: int | None = None,
         widths: list[int] | None = None,
         flow: bool = False,
@@ -95,7 +100,7 @@ class Pretraining(Training):
         require("generic", generic, 0, 1)
         require("empty", empty, 0, 1 - generic)
         require("averaging", averaging, 0, below=1)
-        super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
+        super().__init__(source=Source(backbone, revision, variant, components), resolution=resolution)
         self.save_hyperparameters(logger=False)
         self.adaptation, self.steps = Full(), steps
         self.latents: Posterior | None = None

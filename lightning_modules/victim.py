@@ -17,10 +17,12 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior
-from antidreambooth.diffusion.loading import load_backbone, read_defaults
+from antidreambooth.diffusion.layout import read_defaults
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.sampling import Generation, blank, noise_of, sample
 from antidreambooth.diffusion.seeding import uniform
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.faces import Dlib, FaceModel, reference
 from antidreambooth.evaluation.measures import face_measures
@@ -65,9 +67,11 @@ class Victim(Training):
     ``fit`` trains, ``test`` generates pictures of the person and measures how much of the person is in them.
 
     Args:
-        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
+        backbone: base model: ``embedded``, a folder in diffusers layout, a hub id, or one file (``components``).
         revision: branch, tag or commit of a hub id.
         variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        components: where backbone is one ``.safetensors`` file, a folder in diffusers layout of the same kind of model:
+            its config files, tokenizers and scheduler are used, and its weights of networks that the file lacks.
         resolution: side of the pictures in pixels; what the backbone was made for when not given.
         adaptation: what is trained: Full, LoRA or TextualInversion (Untrained for a test of the base model).
         training: how.
@@ -86,6 +90,7 @@ class Victim(Training):
         backbone: str = "embedded",
         revision: str | None = None,
         variant: str | None = None,
+        components: str | None = None,
         resolution: int | None = None,
         adaptation: Adaptation | None = None,
         training: DreamBooth = DreamBooth(),  # noqa: B008 (frozen)
@@ -95,7 +100,7 @@ class Victim(Training):
         faces: FaceModel | None = None,
         stability: bool = False,
     ) -> None:
-        super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
+        super().__init__(source=Source(backbone, revision, variant, components), resolution=resolution)
         self.adaptation = adaptation or Full()
         training = training.completed(read_defaults(self.source), self.adaptation.role)
         prompt = self.adaptation.prompt(training.instance_prompt)

@@ -19,10 +19,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from antidreambooth import cloak
 from antidreambooth.attack.methods import Settings
 from antidreambooth.attack.parametrisation import Square
-from antidreambooth.diffusion import loading
+from antidreambooth.diffusion import layout
 from antidreambooth.diffusion.families.stable_diffusion import StableDiffusion
 from antidreambooth.diffusion.integrity import not_finite
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.layout import resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.sampling import noise_of, sample
 from antidreambooth.diffusion.source import Source, locate
 from antidreambooth.errors import InputError
@@ -614,7 +615,7 @@ def hub(small_model, monkeypatch):
 
         monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
 
-    monkeypatch.setattr(loading, "hf_hub_download", small_file)
+    monkeypatch.setattr(layout, "hf_hub_download", small_file)
     for kind in (*NETWORKS.values(), CLIPTokenizer, DDPMScheduler):
         there(kind)
     return asked

@@ -14,7 +14,8 @@ from torch import Tensor
 from antidreambooth.diffusion.backbone import Backbone, Conditioning
 from antidreambooth.diffusion.defaults import FILE
 from antidreambooth.diffusion.families import FAMILIES
-from antidreambooth.diffusion.loading import load_backbone, read_defaults, resolution_of
+from antidreambooth.diffusion.layout import read_defaults, resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from tests.families import oracle as official
 from tests.families.conftest import Case, same
 from tests.families.oracle import PROMPTS, STEPS, Drawing, Step
