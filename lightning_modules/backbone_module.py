@@ -78,7 +78,7 @@ class BackboneModule(LightningModule):
         low = [source.frozen_weights for source in self.sources if source.frozen_weights != "fp32"]
         if low and self.trainer.precision != "bf16-mixed":
             raise InputError(
-                f"frozen_weights {low[0]} needs --trainer.precision bf16-mixed, got {self.trainer.precision}: give that, "
+                f"frozen_weights {low[0]} needs --trainer.precision bf16-mixed, got {self.trainer.precision}: use it, "
                 "or leave out --model.frozen_weights"
             )
         fitting = stage == "fit"

@@ -59,7 +59,7 @@ class Adaptation(ABC):
         """
         if self.whole and source.frozen_weights == "nf4":
             raise InputError(
-                f"weights of 4 bits do not learn, and {type(self).__name__} trains them all: use the adaptation LoRA, or "
+                f"weights of 4 bits do not learn, and {type(self).__name__} trains them all: use LoRA, or "
                 "frozen_weights bf16"
             )
 
