@@ -62,12 +62,12 @@ def cloak(
     Args:
         images: photos of any size: paths, Pillow images, or arrays of uint8 (h w 3, in sRGB), in any mixture.
         backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id; or a ``Source``, which is one of
-            these with a revision or a variant of the weights, or one ``.safetensors`` file with a folder of the other
-            components. For ``fsmg``, ``t-fsmg`` and ``e-fsmg`` a model that was trained on the person, such as
-            ``model/`` of ``fit -c configs/dreambooth.yaml``; the ``manifest.json`` beside such a ``model/`` says that
-            it was, and by which prompt it knows the person. The embedded model is refused for these methods, and so is
-            one whose manifest speaks of no person; of one without a manifest, a warning says that it is not known
-            whether it was.
+            these with a revision or a variant of the weights, one ``.safetensors`` file with a folder of the other
+            components, or how weights are held (``frozen_weights``, for large models). For ``fsmg``, ``t-fsmg`` and
+            ``e-fsmg`` a model that was trained on the person, such as ``model/`` of ``fit -c configs/dreambooth.yaml``;
+            the ``manifest.json`` beside such a ``model/`` says that it was, and by which prompt it knows the person.
+            The embedded model is refused for these methods, and so is one whose manifest speaks of no person; of one
+            without a manifest, a warning says that it is not known whether it was.
         method: ``aspl``, ``t-aspl``, ``e-aspl``, ``fsmg``, ``t-fsmg``, ``e-fsmg`` or ``advdm``.
         budget: largest change of a pixel's value, in 8-bit steps.
         clean_images: other photos of the person, which the surrogate learns from; ``images`` when not given.
@@ -112,6 +112,7 @@ def cloak(
     if chosen.several != (len(names) > 1):
         raise InputError(f"{method} attacks {'several models: give ensemble' if chosen.several else 'one model'}")
     assembly = Assembly(chosen, replace(settings or Settings(), budget=float(budget)))
+    assembly.require_learnable(names)
     where = device_named(device)
     side = shared_resolution(names, side)
     prompts = [trained_prompt(source, assembly.settings) for source in names] if chosen.surrogate == "trained" else None
@@ -138,7 +139,16 @@ def _cloaked(
     resting = parametrisation.canvas(photos, side)
     canvas, reference = resting.to(where), parametrisation.canvas(others, side).to(where)
     low = computes_in_bf16(where)
-    models = [load_backbone(name).to(where) for name in names]
+    if not low and any(name.frozen_weights != "fp32" for name in names):
+        raise InputError(f"{where} does not compute in bf16: leave out frozen_weights, or choose another device")
+    models = []
+    for number, name in enumerate(names):
+        model = load_backbone(name)
+        asked = assembly.asks(model, prompts[number] if prompts else None)
+        if asked and where.type != "cpu":
+            with torch.autocast(where.type, torch.bfloat16, enabled=low):
+                model.rest_text_encoders(where, asked)
+        models.append(model.to(where))
     for notice in dict.fromkeys(model.defaults.notice for model in models if model.defaults.notice):
         log.warning(notice)
 

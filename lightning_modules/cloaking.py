@@ -22,7 +22,7 @@ from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.execution import Execution
 from antidreambooth.diffusion.layout import resolution_of
 from antidreambooth.diffusion.seeding import Turn
-from antidreambooth.diffusion.source import Source
+from antidreambooth.diffusion.source import Precision, Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.weights import Weights
@@ -37,7 +37,7 @@ class Ensemble:
     Args:
         backbones: ``embedded``, folders in diffusers layout, or hub ids; for a revision or a variant of the weights
             {name: NAME, revision: REVISION, variant: VARIANT} instead of a name, for one file {name: FILE,
-            components: FOLDER}.
+            components: FOLDER}; each may hold frozen_weights of its own instead of the run's.
         offload: whether from the first round on only the one at work is on the device, and the others rest in main
             memory; for a single process.
     """
@@ -59,6 +59,9 @@ class Cloaking(BackboneModule):
         variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
         components: where backbone is one ``.safetensors`` file, a folder in diffusers layout of the same kind of model:
             its config files, tokenizers and scheduler are used, and its weights of networks that the file lacks.
+        frozen_weights: how weights of denoiser and text encoders are held that do not learn: ``bf16`` takes half the
+            memory (for --trainer.precision bf16-mixed, which rounds to it anyway), ``nf4`` an eighth of the denoiser's
+            (also on CUDA, with bitsandbytes, for a LoRA as the surrogate or one that does not learn).
         resolution: side in pixels at which photos are cloaked; what the backbone was made for when not given.
         budget: largest change of any pixel's value, in 8-bit steps.
         step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
@@ -86,6 +89,7 @@ class Cloaking(BackboneModule):
         revision: str | None = None,
         variant: str | None = None,
         components: str | None = None,
+        frozen_weights: Precision = "fp32",
         resolution: int | None = None,
         budget: float = 8.0,
         step_size: float | None = None,
@@ -98,8 +102,10 @@ class Cloaking(BackboneModule):
         ensemble: Ensemble = Ensemble(),
         execution: Execution = Execution(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(source=Source(backbone, revision, variant, components), resolution=resolution)
-        for source in Source.several(ensemble.backbones):
+        source = Source(backbone, revision, variant, components, frozen_weights)
+        super().__init__(source=source, resolution=resolution)
+        others = Source.several(ensemble.backbones, frozen_weights)
+        for source in others:
             resolution_of(source, self.resolution)  # a wrong one is found before the others are loaded, or trained on
         self.save_hyperparameters(logger=False)  # a subclass's own, too
         self.automatic_optimization = False
@@ -117,6 +123,7 @@ class Cloaking(BackboneModule):
             execution=execution,
         )
         self.assembly = Assembly(self.method(), self.completed(settings), self._average)
+        self.assembly.require_learnable([self.source, *others])
         self.attack = self.assembly.attack
         self.register_buffer("perturbation", torch.empty(0))
         self.register_buffer("memory", torch.empty(0))
@@ -127,7 +134,7 @@ class Cloaking(BackboneModule):
     @property
     def sources(self) -> list[Source]:
         """The base models, the first one first."""
-        return [self.source, *Source.several(self.hparams.ensemble.backbones)]
+        return [self.source, *Source.several(self.hparams.ensemble.backbones, self.source.frozen_weights)]
 
     @property
     def backbones(self) -> list[Backbone]:
@@ -156,7 +163,7 @@ class Cloaking(BackboneModule):
         resting: Canvas = self.trainer.datamodule.canvas  # type: ignore[attr-defined]
         canvas = resting.to(self.place)
         self.perturbation = torch.zeros_like(canvas.blank)
-        others = [self.load(source) for source in self.sources[1:]]
+        others = [self.load(number) for number in range(1, len(self.sources))]
         self.others = nn.ModuleList(backbone for backbone, _ in others)
         self.fingerprints = [fingerprint for _, fingerprint in others]
         self.memory = self._remembered([canvas.begin(self.attack.rule) for _ in self.backbones])
@@ -165,6 +172,11 @@ class Cloaking(BackboneModule):
     def prompts(self) -> list[str] | None:
         """What each base model that does not learn is asked for; the method's own prompt when not said."""
         return None
+
+    def asks(self, backbone: Backbone, number: int) -> list[list[str]] | None:
+        """What the method asks for."""
+        prompts = self.prompts()
+        return self.assembly.asks(backbone, prompts[number] if prompts else None)
 
     def class_latents(self, backbone: Backbone, prior: PriorPreservation) -> Posterior | None:
         """Latents of a base model's class images."""

@@ -20,11 +20,13 @@ from antidreambooth.attack.perturbation import PGD, alone
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded, Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.class_images import BATCH
 from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.execution import Execution
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.adaptation import Adaptation
-from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
+from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation, prompts_asked
 from antidreambooth.finetuning.full import Full
 from antidreambooth.finetuning.weights import Weights
 
@@ -142,6 +144,30 @@ class Assembly:
     def learns(self) -> bool:
         """Whether the surrogates learn in every round."""
         return self.method.surrogate == "alternating"
+
+    def require_learnable(self, sources: Sequence[Source]) -> None:
+        """Refuses base models whose weights are held in too little for this method, before they are loaded.
+
+        Raises:
+            InputError: they are.
+        """
+        for source in sources if self.learns else ():
+            self.settings.adaptation.require_learnable(source)
+
+    def asks(self, backbone: Backbone, prompt: str | None = None) -> list[list[str]] | None:
+        """The lists of prompts that a run will ask a base model's text encoders for; None where one of them learns.
+
+        Args:
+            backbone: the base model.
+            prompt: what it is asked for, if it does not learn; the settings' prompt when not given.
+        """
+        chosen = self.settings
+        if not self.learns:
+            return [[given(prompt, given(chosen.prompt, self._usual_prompt(backbone)))]]
+        training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)
+        if chosen.adaptation.teaches_text(training):
+            return None
+        return prompts_asked(training, min(chosen.micro_batch, BATCH))
 
     def adopt(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -92,7 +92,8 @@ class Backbone(nn.Module, ABC):
         self.defaults = defaults or self.published
         self.reschedule(self.scheduler)
         self.decoder_rests, self.encodes_twice = False, False
-        self.remembered: dict[tuple[str, ...], Conditioning] = {}  # prompts, once the text encoders rest
+        self.text_rests, self.text_present = False, True  # see rest_text_encoders
+        self.remembered: dict[Hashable, Conditioning] = {}  # what the text encoders have said, once they rest
         self.requires_grad_(False)
         self.eval()
 
@@ -278,14 +279,22 @@ class Backbone(nn.Module, ABC):
 
     def embed(self, prompts: list[str]) -> Conditioning:
         """Prompts to what the denoiser is told about them."""
-        if not self.remembered:
-            return self.encode_text(prompts)
-        if (known := tuple(prompts)) not in self.remembered:
-            with ExitStack() as present:
-                for encoder in self.text_encoders.values():
-                    present.enter_context(borrowing(encoder, self.device))
-                self.remembered[known] = self.encode_text(prompts)
-        return self.remembered[known]
+        return self.told(tuple(prompts), lambda: self.encode_text(prompts))
+
+    def told(self, asked: Hashable, encode: Callable[[], Conditioning]) -> Conditioning:
+        """What the text encoders say; once they rest what they have said before or, asked anew, say now.
+
+        Args:
+            asked: tells what is the same.
+            encode: asks them.
+        """
+        if not self.text_rests:
+            return encode()
+        if asked not in self.remembered:
+            # What a test asks for may be trained on later.
+            with self._text_encoders_present(), torch.inference_mode(False), torch.no_grad():
+                self.remembered[asked] = encode()
+        return self.remembered[asked]
 
     def predict(
         self, noisy: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], conditioning: Conditioning
@@ -313,16 +322,54 @@ class Backbone(nn.Module, ABC):
         self.decoder_rests = True
         self.vae.decoder.to("cpu")
 
-    def pipeline(self, scheduler: Any = None) -> Any:
+    def rest_text_encoders(self, device: torch.device, prompts: Iterable[Sequence[str]]) -> None:
+        """Keeps the text encoders in main memory from now on, where ``to`` does not find them.
+
+        They are on the device while it embeds these prompts, and whenever another one is asked for. Call it before the
+        other networks are moved there: large text encoders need the room. They must not learn.
+
+        Args:
+            device: where the model will be.
+            prompts: lists of prompts as they will be asked for; also what guidance leads away from, for as many.
+        """
+        self.noising.to(device)
+        for name, encoder in self.text_encoders.items():
+            del self._modules[name]
+            self.__dict__[name] = encoder.to("cpu")  # an attribute still, but no submodule any more
+        self.text_rests, self.text_present = True, False
+        with self._text_encoders_present():
+            for asked in prompts:
+                self.embed(list(asked))
+                if self.guides(self.defaults.guidance_scale):
+                    self.negative(len(asked))
+
+    @contextmanager
+    def _text_encoders_present(self) -> Iterator[None]:
+        if self.text_present:
+            yield
+            return
+        with ExitStack() as present:
+            for encoder in self.text_encoders.values():
+                present.enter_context(borrowing(encoder, self.device))
+            self.text_present = True
+            try:
+                yield
+            finally:
+                self.text_present = False
+
+    def pipeline(self, scheduler: Any = None, texts: bool = True) -> Any:
         """The family's official pipeline around these very modules, without a progress bar.
 
         Args:
             scheduler: of the pipeline; the sampler when not given.
+            texts: whether with tokenizers and text encoders.
         """
         if scheduler is None:
             with made_on_cpu():
                 scheduler = self.sampler()
         parts = {name: getattr(self, name) for name in (*self.networks, *self.tokenizers, *self.switches)}
+        if not texts:
+            parts |= dict.fromkeys([*self.text_encoders, *self.tokenizers])
         pipeline = self.official(**parts, scheduler=scheduler, **self.left_out)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -345,7 +392,7 @@ class Backbone(nn.Module, ABC):
             guidance_scale: classifier-free guidance, in the family's own scale.
         """
         height, width = (side * self.pixels_said for side in noise.shape[-2:])
-        latents = self.pipeline()(
+        latents = self.pipeline(texts=False)(
             **self.given(told),
             **(self.given(against, "negative_") if against else {}),
             **{self.guidance[0]: guidance_scale},
@@ -401,7 +448,9 @@ class Backbone(nn.Module, ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights and the noise schedule: which model this is, whatever its folder is called."""
-        return sha256({**self.state_dict(), **self.noising.identity})
+        resting = self.text_encoders if self.text_rests else {}
+        texts = {f"{name}.{key}": value for name, part in resting.items() for key, value in part.state_dict().items()}
+        return sha256({**self.state_dict(), **texts, **self.noising.identity})
 
     def learned_fingerprint(self) -> str:
         """The same over the weights that learn: whether they have learned anything."""

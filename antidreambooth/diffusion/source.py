@@ -7,9 +7,10 @@ import os
 import re
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal, get_args
 
 from antidreambooth.errors import InputError
 
@@ -17,6 +18,7 @@ EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
 SINGLE_FILE = ".safetensors"  # a whole model or its denoiser in one file, as many are shared
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 SHOWN = 5  # names in a message
+Precision = Literal["fp32", "bf16", "nf4"]  # in which weights that do not learn are held
 INDEX = "model_index.json"  # says which pipeline a folder is of, and so which family
 LAYOUT = f"it must hold a model in diffusers layout: {INDEX}, and a folder for each component"
 
@@ -32,12 +34,21 @@ class Source:
             plain weights or, in a folder without plain ones, those of its only variant.
         components: beside one file, a folder in diffusers layout of the same kind of model. Config files, tokenizers
             and the scheduler are read there, and the weights of networks that the file lacks.
+        frozen_weights: how the weights of denoiser and text encoders are held that do not learn. With ``bf16`` half the
+            memory: those that autocast rounds to bf16 anyway are held so. With ``nf4`` the denoiser's take 4 bits each
+            (bitsandbytes, on CUDA), for a LoRA or for a model that does not learn. Either needs a run in bf16.
     """
 
     name: str
     revision: str | None = None
     variant: str | None = None
     components: str | None = None
+    frozen_weights: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.frozen_weights not in get_args(Precision):
+            known = ", ".join(get_args(Precision))
+            raise InputError(f"frozen_weights is one of {known}: got {self.frozen_weights!r}")
 
     @classmethod
     def of(cls, named: object) -> Source:
@@ -53,15 +64,21 @@ class Source:
         return cls(os.fspath(named))
 
     @classmethod
-    def several(cls, named: Named | Iterable[Named]) -> list[Source]:
-        """What names stand for; one alone may be given without a list around it."""
+    def several(cls, named: Named | Iterable[Named], frozen_weights: Precision = "fp32") -> list[Source]:
+        """What names stand for; one alone may be given without a list around it.
+
+        Args:
+            named: the base models.
+            frozen_weights: of those that are given by a plain name.
+        """
         if isinstance(named, Source | str | os.PathLike):
-            return [cls.of(named)]
-        return [cls.of(one) for one in named]
+            named = [named]
+        sources = [(one, cls.of(one)) for one in named]
+        return [one if one is given else replace(one, frozen_weights=frozen_weights) for given, one in sources]
 
     @property
     def given(self) -> dict[str, str]:
-        """The settings ``backbone``, ``revision``, ``variant``, ``components``, without those that were not given."""
+        """Where it lies: ``backbone``, ``revision``, ``variant``, ``components``, without those that were not given."""
         beside = {"revision": self.revision, "variant": self.variant, "components": self.components}
         return {name: value for name, value in {"backbone": self.name, **beside}.items() if value}
 

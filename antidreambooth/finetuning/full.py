@@ -19,6 +19,7 @@ class Full(Adaptation):
 
     role = "full"
     folder = "model"
+    whole = True
 
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
         """Unfreezes the weights."""

@@ -15,6 +15,7 @@ from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.integrity import unusable
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.adaptation import Adaptation, explained
+from antidreambooth.finetuning.dreambooth import DreamBooth
 
 
 class TextualInversion(Adaptation):
@@ -38,6 +39,10 @@ class TextualInversion(Adaptation):
     def prompt(self, text: str) -> str:
         """The token where the identifier stood."""
         return re.sub(rf"(?<!\w){re.escape(self.identifier)}(?!\w)", lambda _: self.token, text)
+
+    def teaches_text(self, training: DreamBooth) -> bool:
+        """Always: an embedding is part of it."""
+        return True
 
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
         """Adds the token, and makes its row of the embedding table the only parameter that is trained."""
