@@ -613,8 +613,9 @@ def test_the_download_brings_what_is_read_and_nothing_else(small_model, tmp_path
     )
 
 
-def test_the_manual_has_the_same_line():
-    text = " ".join((ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split())
+@pytest.mark.parametrize("page", ["cluster.md", "base-models.md"])
+def test_the_manual_has_the_same_line(page):
+    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
     assert download_command(Source("NAME")) in text
 
 

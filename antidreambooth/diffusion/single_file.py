@@ -131,7 +131,7 @@ def _converted(
     convert = SINGLE_FILE_LOADABLE_CLASSES[component.__name__]["checkpoint_mapping_fn"]
     try:
         converted: dict[str, Tensor] = convert(checkpoint=dict(weights), config=config)
-    except IndexError:  # no block at all
+    except (IndexError, ValueError):  # no block at all, or something else where a block's number should be
         return {}
     except KeyError as error:
         raise _unusable(source, f"its {part} lacks {error.args[0]}") from error

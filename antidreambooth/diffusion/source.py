@@ -175,7 +175,8 @@ def _components(source: Source) -> Path:
     """
     file, folder = Path(source.name).expanduser(), Path(source.components or "").expanduser()
     if not (folder / INDEX).is_file():
-        raise InputError(f"--model.components {folder} lacks {INDEX}: {LAYOUT}; weights may be left out")
+        lacking = f"the backbone {file} needs a folder as --model.components, and {folder} lacks {INDEX}"
+        raise InputError(f"{lacking}: {LAYOUT}; weights that the file has may be missing there")
     if file.suffix in PICKLES and file.is_file():
         raise InputError(_no_folder(file))
     if file.suffix != SINGLE_FILE or not file.is_file():

@@ -362,7 +362,7 @@ def test_all_of_an_ensemble_take_the_size(model, small_model):
 def test_a_single_file_says_how_to_convert_it(tmp_path, name):
     file = tmp_path / name
     file.write_bytes(b"a model")
-    with pytest.raises(InputError, match="single file") as raised:
+    with pytest.raises(InputError, match="is a pickle" if file.suffix == ".ckpt" else "single file") as raised:
         load_backbone(str(file))
     command = str(raised.value).partition("`")[2].partition("`")[0]
     python, option, code = shlex.split(command)
@@ -387,7 +387,7 @@ def test_a_file_is_never_looked_up_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / name).write_bytes(b"a model")
-    with pytest.raises(InputError, match=f"the backbone {name} is a (single )?file"):
+    with pytest.raises(InputError, match=f"the backbone {name} is a (single file|file|pickle)"):
         locate(Source(name))
 
 

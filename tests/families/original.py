@@ -200,7 +200,6 @@ def sd3(pipeline: Any) -> State:
     del first["text_encoders.clip_l.transformer.text_projection.weight"]
     second = clip(pipeline.text_encoder_2, "text_encoders.clip_g.transformer.")
     t5 = {f"text_encoders.t5xxl.transformer.{name}": v for name, v in pipeline.text_encoder_3.state_dict().items()}
-    t5.pop("text_encoders.t5xxl.transformer.encoder.embed_tokens.weight", None)  # the same as ``shared``
     return {**sd3_transformer(pipeline.transformer), **vae(pipeline.vae), **first, **second, **t5}
 
 
