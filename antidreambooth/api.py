@@ -21,7 +21,7 @@ from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
 from antidreambooth.diffusion.layout import shared_resolution
 from antidreambooth.diffusion.loading import load_backbone
-from antidreambooth.diffusion.precision import computes_in_bf16, unaffected
+from antidreambooth.diffusion.precision import computes_in_bf16, has_own_memory, unaffected
 from antidreambooth.diffusion.seeding import Turn, require_seed
 from antidreambooth.diffusion.source import EMBEDDED, Named, Source, locate
 from antidreambooth.errors import InputError, require
@@ -145,7 +145,7 @@ def _cloaked(
     for number, name in enumerate(names):
         model = load_backbone(name)
         asked = assembly.asks(model, prompts[number] if prompts else None)
-        if asked and where.type != "cpu":
+        if asked and has_own_memory(where):
             with torch.autocast(where.type, torch.bfloat16, enabled=low):
                 model.rest_text_encoders(where, asked)
         models.append(model.to(where))

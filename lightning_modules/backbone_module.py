@@ -17,6 +17,7 @@ from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.layout import resolution_of
 from antidreambooth.diffusion.loading import load_backbone
+from antidreambooth.diffusion.precision import has_own_memory
 from antidreambooth.diffusion.reuse import remembered
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.diffusion.source import Source
@@ -131,7 +132,7 @@ class BackboneModule(LightningModule):
         alone = Path(source.name).is_relative_to(self.trainer.default_root_dir)  # trained for this run
         backbone, fingerprint = loaded() if alone else remembered(lambda: source, loaded)
         asked = self.asks(backbone, number)
-        if asked and self.place.type != "cpu" and replicates(self.trainer.strategy):
+        if asked and has_own_memory(self.place) and replicates(self.trainer.strategy):
             shown = [prompts for one in getattr(self.trainer, "callbacks", ()) for prompts in _asks(one, self)]
             with self.trainer.precision_plugin.forward_context():
                 backbone.rest_text_encoders(self.place, [*asked, *shown])

@@ -175,6 +175,11 @@ def computes_in_bf16(device: torch.device) -> bool:
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Whether what rests in main memory takes none of a device's."""
+    return device.type != "cpu"
+
+
 def usual_device() -> torch.device:
     """The device of a run that is not told any: a GPU where there is one."""
     if torch.cuda.is_available():
