@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -99,7 +100,7 @@ def _empty(model: BaseModel) -> Backbone:
     assert kind is not None
     with unset_fake_temporarily():
         chosen = DDPMScheduler if model.scheduler else FlowMatchEulerDiscreteScheduler
-        parts = {**dict.fromkeys(kind.tokenizers), **{part: nn.Identity() for part in kind.networks}}
+        parts: dict[str, Any] = {**dict.fromkeys(kind.tokenizers), **{part: nn.Identity() for part in kind.networks}}
         return kind(**parts, scheduler=chosen.from_config(model.scheduler))
 
 
