@@ -457,7 +457,7 @@ def real_size(place: Place) -> list[Claim]:
         words += ["--checkpoint.every_n_epochs=2", "--trainer.callbacks=[{'class_path': 'CloakedPhotos'}]"]
         words += [f"--data.photos={photos}", "--model.surrogate.prior.images=4", "--trainer.enable_progress_bar=false"]
         if not cuda:
-            words += ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+            words += ["--trainer.accelerator=cpu"]
 
         def act() -> str:
             if cuda:

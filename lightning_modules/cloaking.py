@@ -206,13 +206,16 @@ class Cloaking(BackboneModule):
         self._log(outcome)
 
     def memory_savers(self) -> list[str]:
-        """Photos one at a time; base models one at a time."""
+        """Photos one at a time; base models one at a time; in bf16 what is frozen in it."""
         chosen, alone = self.hparams, self.trainer.world_size == 1
         several = bool(chosen.ensemble.backbones)
+        frozen = not (self.assembly.learns and self.assembly.settings.adaptation.whole)
+        halved = frozen and self.trainer.precision == "bf16-mixed" and self.source.frozen_weights == "fp32"
         return [
             *(["--model.execution.recorded false"] if chosen.execution.recorded else []),
             *(["--model.micro_batch 1"] if chosen.micro_batch > 1 else []),
             *(["--model.ensemble.offload true"] if several and alone and not chosen.ensemble.offload else []),
+            *(["--model.frozen_weights bf16"] if halved else []),
         ]
 
     def on_train_epoch_end(self) -> None:

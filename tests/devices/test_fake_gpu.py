@@ -199,6 +199,7 @@ def test_text_encoders_rest_while_a_round_runs(models, name):
     method, settings = ROUNDS[name]
     still = replace(settings, training=replace(settings.training, train_text_encoder=False))
     asked = Assembly(METHODS[method], still).asks(models[0])
+    assert asked is not None
     with fake_gpu() as traffic, patch.dict(ROUNDS, {name: (method, still)}):
         backbone = empty_on(models[0], CUDA)
         backbone.rest_text_encoders(CUDA, asked)

@@ -173,7 +173,8 @@ def test_text_encoders_are_on_the_device_only_while_they_are_asked(model, monkey
 @pytest.mark.parametrize("name", REFUSING)
 def test_an_autoencoder_that_knows_no_checkpointing_is_run_twice(name, tmp_path):
     """Less is kept for the backward pass, and every gradient is the same to the bit."""
-    kept, gradients = [], []
+    kept: list[int] = []
+    gradients: list[Tensor] = []
     for which in (False, "vae"):
         backbone = load_backbone(str(save(name, tmp_path / str(which))))
         assert not getattr(backbone.vae, "_supports_gradient_checkpointing", False)
@@ -189,7 +190,8 @@ def test_an_autoencoder_that_knows_no_checkpointing_is_run_twice(name, tmp_path)
             posterior = backbone.encode(pixels)
         kept.append(total[0])
         (posterior.mean.square().sum() + posterior.std.sum()).backward()
+        assert pixels.grad is not None
         gradients.append(pixels.grad)
     assert 0 < kept[1] < 0.1 * kept[0]
-    assert torch.equal(*gradients)
+    assert torch.equal(gradients[0], gradients[1])
     assert gradients[0].abs().max() > 0
