@@ -98,7 +98,7 @@ class Cloaking(BackboneModule):
         ensemble: Ensemble = Ensemble(),
         execution: Execution = Execution(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(source=Source(backbone, revision, variant, components), resolution=resolution)
+        super().__init__(source=Source(backbone, revision, variant, components=components), resolution=resolution)
         for source in Source.several(ensemble.backbones):
             resolution_of(source, self.resolution)  # a wrong one is found before the others are loaded, or trained on
         self.save_hyperparameters(logger=False)  # a subclass's own, too

@@ -100,7 +100,7 @@ class Victim(Training):
         faces: FaceModel | None = None,
         stability: bool = False,
     ) -> None:
-        super().__init__(source=Source(backbone, revision, variant, components), resolution=resolution)
+        super().__init__(source=Source(backbone, revision, variant, components=components), resolution=resolution)
         self.adaptation = adaptation or Full()
         training = training.completed(read_defaults(self.source), self.adaptation.role)
         prompt = self.adaptation.prompt(training.instance_prompt)
