@@ -102,7 +102,7 @@ class Cloaking(BackboneModule):
         ensemble: Ensemble = Ensemble(),
         execution: Execution = Execution(),  # noqa: B008 (frozen)
     ) -> None:
-        source = Source(backbone, revision, variant, components, frozen_weights)
+        source = Source(backbone, revision, variant, components=components, frozen_weights=frozen_weights)
         super().__init__(source=source, resolution=resolution)
         others = Source.several(ensemble.backbones, frozen_weights)
         for source in others:

@@ -100,7 +100,7 @@ class Pretraining(Training):
         require("generic", generic, 0, 1)
         require("empty", empty, 0, 1 - generic)
         require("averaging", averaging, 0, below=1)
-        super().__init__(source=Source(backbone, revision, variant, components), resolution=resolution)
+        super().__init__(source=Source(backbone, revision, variant, components=components), resolution=resolution)
         self.save_hyperparameters(logger=False)
         self.adaptation, self.steps = Full(), steps
         self.latents: Posterior | None = None

@@ -105,7 +105,7 @@ class Victim(Training):
         faces: FaceModel | None = None,
         stability: bool = False,
     ) -> None:
-        source = Source(backbone, revision, variant, components, frozen_weights)
+        source = Source(backbone, revision, variant, components=components, frozen_weights=frozen_weights)
         super().__init__(source=source, resolution=resolution)
         self.adaptation = adaptation or Full()
         self.adaptation.require_learnable(self.source)

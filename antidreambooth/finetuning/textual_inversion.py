@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.integrity import unusable
+from antidreambooth.diffusion.layout import family_of
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.adaptation import Adaptation, explained
 from antidreambooth.finetuning.dreambooth import DreamBooth
@@ -43,6 +45,19 @@ class TextualInversion(Adaptation):
     def teaches_text(self, training: DreamBooth) -> bool:
         """Always: an embedding is part of it."""
         return True
+
+    def require_learnable(self, source: Source) -> None:
+        """Refuses a family that takes no new words.
+
+        Raises:
+            InputError: it does not.
+        """
+        super().require_learnable(source)
+        if not (kind := family_of(source)).inverts_text:
+            raise InputError(
+                f"textual inversion does not work with {kind.family}: use LoRA or Full (--model.adaptation), in the "
+                "config file, too"
+            )
 
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
         """Adds the token, and makes its row of the embedding table the only parameter that is trained."""
