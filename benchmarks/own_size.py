@@ -89,12 +89,12 @@ WAYS: dict[str, Way | None] = {
 DEFAULT = "whole view and face by turns"
 TRAINED = (  # of which attackers are trained
     "nothing",
-    "noise, a sign for each model pixel",
     "the middle square, enlarged in the end",
     "whole view, grid x2",
-    "whole view, full size",
     DEFAULT,
     "by turns, within 2 face widths",
+    "whole view, full size",
+    "noise, a sign for each model pixel",
 )
 READ = ("bilinear", "face")
 OTHERWISE = ("random crop", "area", "linear", "lanczos")
