@@ -87,21 +87,18 @@ WAYS: dict[str, Way | None] = {
     "face alone": own_size(close=1.0),
 }
 DEFAULT = "whole view and face by turns"
-TRAINED = (  # of which attackers are trained
-    "nothing",
-    "the middle square, enlarged in the end",
-    "whole view, grid x2",
-    DEFAULT,
-    "by turns, within 2 face widths",
-    "whole view, full size",
-    "noise, a sign for each model pixel",
-)
-READ = ("bilinear", "face")
-OTHERWISE = ("random crop", "area", "linear", "lanczos")
+NEITHER = "nothing"
+SQUARE = "the middle square, enlarged in the end"
+WHOLE = "whole view, grid x2"
+DEFAULT = "whole view and face by turns"
 LYING = "lying"  # photos on their side, as a program sees them that does not look at EXIF's orientation
-CELLS = (  # the ways; and, for two of them, how else attackers read photos
-    *((way, reading) for way in TRAINED for reading in READ),
-    *((way, reading) for reading in (LYING, *OTHERWISE) for way in ("nothing", DEFAULT)),
+CELLS = (  # of which attackers are trained: how the photos are cloaked, how the attacker reads them
+    *((way, reading) for way in (NEITHER, SQUARE, WHOLE, DEFAULT) for reading in ("bilinear", "face", "random crop")),
+    *(("by turns, within 2 face widths", reading) for reading in ("bilinear", "face")),
+    *((way, LYING) for way in (NEITHER, SQUARE, DEFAULT)),
+    *(("noise, a sign for each model pixel", reading) for reading in ("bilinear", "face")),
+    *(("whole view, full size", reading) for reading in ("bilinear", "face")),
+    *((way, kernel) for kernel in ("area", "linear", "lanczos") for way in (NEITHER, DEFAULT)),
 )
 
 
@@ -190,7 +187,7 @@ class Losses:
 
     def __init__(self, person: Person) -> None:
         self.person, self.backbone = person, load_backbone("embedded")
-        clean = torch.cat([person.squares(person.photos("set_B"), READINGS[name]) for name in READ])
+        clean = torch.cat([person.squares(person.photos("set_B"), READINGS[name]) for name in ("bilinear", "face")])
         training = DreamBooth(steps=60, prior=PriorPreservation(weight=0.0)).completed(self.backbone.defaults)
         Full().apply(self.backbone, training, 0)
         latents = self.backbone.encode_all(to_float(clean), 4)
@@ -266,7 +263,7 @@ class Victims:
     def cloaked(self, name: str) -> Path:
         """The photos after ASPL."""
         source, way = self.person.photos("set_B"), WAYS[name]
-        if name == "nothing":
+        if name == NEITHER:
             return source
         if way is None:
             return self.person.noisy(name)
