@@ -1,7 +1,7 @@
 """What of a cloak reaches an attacker, by how it was made and how the attacker's program reads the photos.
 
     python benchmarks/own_size.py losses PEOPLE --names alice bob     # rise of a model's loss; minutes a person
-    python benchmarks/own_size.py victims PEOPLE --names alice bob    # trained attackers; about 10 minutes a cell
+    python benchmarks/own_size.py victims PEOPLE --names alice bob    # trained attackers; a minute or two a cell
 
 PEOPLE holds set_A and set_B of each person, portraits; set_B is cloaked. Each portrait is put into a larger photo of
 1024 x 1365 pixels with grain, so that a face's crop is something else than the whole view. ``losses`` is quick and a
@@ -86,8 +86,20 @@ WAYS: dict[str, Way | None] = {
     "by turns, within 2 face widths": own_size(widths=2.0),
     "face alone": own_size(close=1.0),
 }
-TRAINED = ("nothing", "whole view, grid x2", "whole view and face by turns")  # of which attackers are trained
-READ = ("bilinear", "face")
+DEFAULT = "whole view and face by turns"
+NEITHER = "nothing"
+SQUARE = "the middle square, enlarged in the end"
+WHOLE = "whole view, grid x2"
+DEFAULT = "whole view and face by turns"
+LYING = "lying"  # photos on their side, as a program sees them that does not look at EXIF's orientation
+CELLS = (  # of which attackers are trained: how the photos are cloaked, how the attacker reads them
+    *((way, reading) for way in (NEITHER, SQUARE, WHOLE, DEFAULT) for reading in ("bilinear", "face", "random crop")),
+    *(("by turns, within 2 face widths", reading) for reading in ("bilinear", "face")),
+    *((way, LYING) for way in (NEITHER, SQUARE, DEFAULT)),
+    *(("noise, a sign for each model pixel", reading) for reading in ("bilinear", "face")),
+    *(("whole view, full size", reading) for reading in ("bilinear", "face")),
+    *((way, kernel) for kernel in ("area", "linear", "lanczos") for way in (NEITHER, DEFAULT)),
+)
 
 
 def framed(portrait: Path, folder: Path) -> None:
@@ -144,6 +156,19 @@ class Person:
             Image.fromarray(numbers).save(folder / path.name, compress_level=1)
         return folder
 
+    def noisy(self, name: str) -> Path:
+        """The photos with random signs, the control."""
+        return self.write(name, lambda index: random_change(SIZE, SIDE, BUDGET, index).numpy())
+
+    def lying(self, folder: Path) -> Path:
+        """A folder's photos turned by 90 degrees."""
+        turned = self.root / "lying" / self.name / folder.relative_to(self.root)
+        turned.mkdir(parents=True, exist_ok=True)
+        for path in find_photos(folder):
+            with Image.open(path) as image:
+                image.transpose(Image.Transpose.ROTATE_90).save(turned / path.name, compress_level=1)
+        return turned
+
     def enlarged(self, perturbation: Tensor) -> Callable[[int], np.ndarray]:
         """Changes of the whole photos from those of their middle squares (n 3 s s, in 8-bit steps)."""
         (width, height), top = SIZE, (SIZE[1] - SIZE[0]) // 2
@@ -162,7 +187,7 @@ class Losses:
 
     def __init__(self, person: Person) -> None:
         self.person, self.backbone = person, load_backbone("embedded")
-        clean = torch.cat([person.squares(person.photos("set_B"), READINGS[name]) for name in READ])
+        clean = torch.cat([person.squares(person.photos("set_B"), READINGS[name]) for name in ("bilinear", "face")])
         training = DreamBooth(steps=60, prior=PriorPreservation(weight=0.0)).completed(self.backbone.defaults)
         Full().apply(self.backbone, training, 0)
         latents = self.backbone.encode_all(to_float(clean), 4)
@@ -196,7 +221,7 @@ class Losses:
         if name.startswith("nothing"):
             return source
         if way is None:
-            return self.person.write(name, lambda index: random_change(SIZE, SIDE, BUDGET, index).numpy())
+            return self.person.noisy(name)
         photos = way.parametrisation.load(source, SIDE, way.region)
         canvas: Canvas = way.parametrisation.canvas(photos, SIDE)
         generator = Turn(0).generator(torch.device("cpu"))
@@ -238,20 +263,27 @@ class Victims:
     def cloaked(self, name: str) -> Path:
         """The photos after ASPL."""
         source, way = self.person.photos("set_B"), WAYS[name]
-        if way is None:
+        if name == NEITHER:
             return source
+        if way is None:
+            return self.person.noisy(name)
         out = self.person.root / "aspl" / self.person.name / name.replace(" ", "-").replace(",", "")
         if not (out / "manifest.json").is_file():
             given = [f"--data.photos={source}", f"--data.clean_photos={self.person.photos('set_A')}"]
             command_line(["fit", "-c", "configs/aspl.yaml", *given, f"--trainer.default_root_dir={out}", *way.flags])
-        return out / "cloaked"
+        if not isinstance(way.parametrisation, Square):
+            return out / "cloaked"
+        middle = READINGS["bilinear"]
+        made, clean = (self.person.squares(folder, middle).float() for folder in (out / "cloaked", source))
+        return self.person.write(name, self.person.enlarged(made - clean))
 
     def measures(self, name: str, reading: str) -> dict[str, float]:
         """Of an attacker's pictures, compared with the person's portraits."""
         photos = self.cloaked(name)
         out = self.person.root / "victims" / self.person.name / f"{name}-{reading}".replace(" ", "-").replace(",", "")
         if not (out / "measures.json").is_file():
-            how = READINGS[reading]
+            photos = self.person.lying(photos) if reading == LYING else photos
+            how = READINGS["bilinear" if reading == LYING else reading]
             read = [
                 f"--data.reading.crop={how.crop}",
                 f"--data.reading.kernel={how.kernel}",
@@ -270,13 +302,12 @@ class Victims:
 def victims(people: list[Person], root: Path) -> str:
     """Acceptance and joint ISM, a row for each way and reading."""
     rows = []
-    for name in TRAINED:
-        for reading in READ:
-            found = [Victims(person).measures(name, reading) for person in people]
-            figures = [[one[key] for one in found] for key in ("acceptance", "joint_ism")]
-            cells = [f"{mean(one):.3f} ({min(one):.3f}-{max(one):.3f})" for one in figures]
-            rows.append([f"{name}; read as {reading}", *cells])
-            print(rows[-1], flush=True)
+    for name, reading in CELLS:
+        found = [Victims(person).measures(name, reading) for person in people]
+        figures = [[one[key] for one in found] for key in ("acceptance", "joint_ism")]
+        cells = [f"{mean(one):.3f} ({min(one):.3f}-{max(one):.3f})" for one in figures]
+        rows.append([f"{name}; read as {reading}", *cells])
+        print(rows[-1], flush=True)
     title = f"Attackers of 120 steps, 24 pictures each, mean and range of {len(people)} people"
     return write(root, "own-size-victims", title, ["cloak", "acceptance", "joint ISM"], rows)
 
