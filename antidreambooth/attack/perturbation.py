@@ -94,7 +94,9 @@ def pixel_gradient(
             parts = torch.autograd.grad(value, leaves, materialize_grads=True)
             sums = [total + part for total, part in zip(sums, parts, strict=True)]
             values.append(value.detach())
-        gradients += torch.autograd.grad(posterior, pixels, sums)
+        ways = [(part, total) for part, total in zip(posterior, sums, strict=True) if part.requires_grad]
+        parts, totals = zip(*ways, strict=True)  # some encoders have no spread
+        gradients += torch.autograd.grad(parts, pixels, totals)
         squares.append(posterior.mean.detach().square().flatten(1).mean(dim=1))
     return Ascent(torch.cat(gradients), torch.stack(values).sum(), torch.cat(squares).mean().sqrt())
 
