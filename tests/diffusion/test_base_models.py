@@ -28,6 +28,7 @@ from antidreambooth.diffusion.sampling import noise_of, sample
 from antidreambooth.diffusion.source import Source, locate
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
+from antidreambooth.provenance import describe
 from cli import main
 from launch.verdict.cell import Person, make_cloak
 from launch.verdict.experiment import Experiment
@@ -515,9 +516,7 @@ def test_a_variant_can_be_named_wherever_a_base_model_can(
     main(command(f"--model.ensemble.backbones=[{named}]", config="e-aspl", rounds=1, out="two"))
     record = manifest(tmp_path / "two")["settings"]["model"]
     assert record["ensemble_sha256"] == [sha]
-    assert record["ensemble"]["backbones"] == [
-        {"class": "Source", "name": str(twofold), "revision": None, "variant": "good", "components": None}
-    ]
+    assert record["ensemble"]["backbones"] == [describe(Source(str(twofold), variant="good", frozen_weights="fp32"))]
     source = Source(str(twofold), variant="good")
     for method, ensemble in (("advdm", ()), ("e-aspl", [source])):
         found, expected = (
