@@ -406,6 +406,6 @@ def test_a_person_in_the_components_is_not_in_the_file(small, tmp_path, caplog):
     picture = Image.fromarray(random_images(1)[0].permute(1, 2, 0).numpy())
     model = shutil.move(small.components, tmp_path / "model")
     record = {"settings": {"model": {"training": {"instance_prompt": "a photo of sks person"}}}}
-    (tmp_path / "manifest.json").write_text(json.dumps({**record, "photos": []}))
+    (tmp_path / "manifest.json").write_text(json.dumps({**record, "versions": {}}))
     cloak([picture], Source(small.name, components=str(model)), "fsmg", rounds=1)
     assert "nothing says that" in caplog.text
