@@ -401,11 +401,11 @@ def test_python_takes_it(small, small_model):
     assert found.tobytes() == expected.tobytes()
 
 
-def test_a_person_in_the_components_is_not_in_the_file(small, small_model, tmp_path, caplog):
+def test_a_person_in_the_components_is_not_in_the_file(small, tmp_path, caplog):
     """The manifest of a victim speaks of the model beside it, not of a file that borrows its small files."""
     picture = Image.fromarray(random_images(1)[0].permute(1, 2, 0).numpy())
-    assert small.components
-    record = {"settings": {"model": {"class": "ASPL"}}}
-    (Path(small.components).parent / "manifest.json").write_text(json.dumps(record))
-    cloak([picture], small, "fsmg", rounds=1)
+    model = shutil.move(small.components, tmp_path / "model")
+    record = {"settings": {"model": {"training": {"instance_prompt": "a photo of sks person"}}}}
+    (tmp_path / "manifest.json").write_text(json.dumps({**record, "versions": {}}))
+    cloak([picture], Source(small.name, components=str(model)), "fsmg", rounds=1)
     assert "nothing says that" in caplog.text
