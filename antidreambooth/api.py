@@ -19,7 +19,8 @@ from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_wei
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
-from antidreambooth.diffusion.loading import load_backbone, shared_resolution
+from antidreambooth.diffusion.layout import shared_resolution
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import computes_in_bf16, has_own_memory, unaffected
 from antidreambooth.diffusion.seeding import Turn, require_seed
 from antidreambooth.diffusion.source import EMBEDDED, Named, Source, locate
@@ -61,8 +62,8 @@ def cloak(
     Args:
         images: photos of any size: paths, Pillow images, or arrays of uint8 (h w 3, in sRGB), in any mixture.
         backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id; or a ``Source``, which is one of
-            these with a revision, a variant of the weights or how they are held (``frozen_weights``, for large models).
-            For ``fsmg``, ``t-fsmg`` and
+            these with a revision or a variant of the weights, one ``.safetensors`` file with a folder of the other
+            components, or how weights are held (``frozen_weights``, for large models). For ``fsmg``, ``t-fsmg`` and
             ``e-fsmg`` a model that was trained on the person, such as ``model/`` of ``fit -c configs/dreambooth.yaml``;
             the ``manifest.json`` beside such a ``model/`` says that it was, and by which prompt it knows the person.
             The embedded model is refused for these methods, and so is one whose manifest speaks of no person; of one
@@ -189,7 +190,7 @@ def trained_prompt(source: Source, settings: Settings) -> str:
     if place == EMBEDDED:
         raise InputError(f"{wanted}, and the embedded one knows nobody: {advice}")
     try:
-        prompt = person_in(place) if isinstance(place, Path) else None
+        prompt = person_in(place) if isinstance(place, Path) and not source.file else None
     except InputError as error:
         raise InputError(f"{wanted}, and {error}: {advice}") from error
     if prompt is None:

@@ -33,7 +33,8 @@ from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.execution import Execution
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.layout import resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.photos.decoding import load_photos, to_float

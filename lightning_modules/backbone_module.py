@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import class_images
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.layout import resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import has_own_memory
 from antidreambooth.diffusion.reuse import remembered
 from antidreambooth.diffusion.seeding import Turn
-from antidreambooth.diffusion.source import Precision, Source
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.dreambooth import PriorPreservation
 from antidreambooth.photos.decoding import to_float
@@ -29,7 +30,7 @@ from lightning_modules.running.sharding import shard, sharded, whole_at_birth
 from lightning_modules.running.strategies import check, replicates
 
 PRECISIONS = ("32-true", "bf16-mixed")
-FORMAT = 2  # of checkpoints: raised whenever older ones cannot be resumed any more
+FORMAT = 3  # of checkpoints: raised whenever older ones cannot be resumed any more
 FREE = (  # settings that a resumed run may change
     *("micro_batch", "gradient_checkpointing", "offload", "execution"),  # the result differs by rounding at most
     *("generation", "faces", "stability"),  # of a test, which a fit does not depend on
@@ -40,9 +41,7 @@ class BackboneModule(LightningModule):
     """A run that trains or uses a base model; what learns has fp32 weights.
 
     Args:
-        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
-        revision: branch, tag or commit of a hub id.
-        variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        source: the base model.
         resolution: side of the pictures in pixels; what the backbone was made for when not given.
         frozen_weights: how weights are held that do not learn: fp32, bf16 or nf4; see ``Source``.
     """
@@ -51,19 +50,11 @@ class BackboneModule(LightningModule):
     hparams: Any  # the constructor's arguments by name; Lightning declares a mapping without attributes
     buffers_kept: tuple[str, ...] = ()  # in checkpoints, beside what is trained
 
-    def __init__(
-        self,
-        *,
-        backbone: str,
-        revision: str | None,
-        variant: str | None,
-        resolution: int | None,
-        frozen_weights: Precision = "fp32",
-    ) -> None:
+    def __init__(self, *, source: Source, resolution: int | None) -> None:
         super().__init__()
         require("resolution", resolution, 1, unit="in pixels")
         self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
-        self.source = Source(backbone, revision, variant, frozen_weights)
+        self.source = source
         self.resolution = resolution_of(self.source, resolution)
         self.preemption = Preemption()
         self.draw: Callable[..., UInt8[Tensor, "n 3 h w"]] = class_images  # a dry run draws less

@@ -20,7 +20,7 @@ from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.execution import Execution
-from antidreambooth.diffusion.loading import resolution_of
+from antidreambooth.diffusion.layout import resolution_of
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.diffusion.source import Precision, Source
 from antidreambooth.errors import InputError
@@ -36,8 +36,8 @@ class Ensemble:
 
     Args:
         backbones: ``embedded``, folders in diffusers layout, or hub ids; for a revision or a variant of the weights
-            {name: NAME, revision: REVISION, variant: VARIANT} instead of a name, which may also hold frozen_weights: of
-            its own instead of the run's.
+            {name: NAME, revision: REVISION, variant: VARIANT} instead of a name, for one file {name: FILE,
+            components: FOLDER}; each may hold frozen_weights of its own instead of the run's.
         offload: whether from the first round on only the one at work is on the device, and the others rest in main
             memory; for a single process.
     """
@@ -54,9 +54,11 @@ class Cloaking(BackboneModule):
     identical on all of them.
 
     Args:
-        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
+        backbone: base model: ``embedded``, a folder in diffusers layout, a hub id, or one file (``components``).
         revision: branch, tag or commit of a hub id.
         variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        components: where backbone is one ``.safetensors`` file, a folder in diffusers layout of the same kind of model:
+            its config files, tokenizers and scheduler are used, and its weights of networks that the file lacks.
         frozen_weights: how weights of denoiser and text encoders are held that do not learn: ``bf16`` takes half the
             memory (for --trainer.precision bf16-mixed, which rounds to it anyway), ``nf4`` an eighth of the denoiser's
             (also on CUDA, with bitsandbytes, for a LoRA as the surrogate or one that does not learn).
@@ -86,6 +88,7 @@ class Cloaking(BackboneModule):
         backbone: str = "embedded",
         revision: str | None = None,
         variant: str | None = None,
+        components: str | None = None,
         frozen_weights: Precision = "fp32",
         resolution: int | None = None,
         budget: float = 8.0,
@@ -99,13 +102,8 @@ class Cloaking(BackboneModule):
         ensemble: Ensemble = Ensemble(),
         execution: Execution = Execution(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            revision=revision,
-            variant=variant,
-            resolution=resolution,
-            frozen_weights=frozen_weights,
-        )
+        source = Source(backbone, revision, variant, components, frozen_weights)
+        super().__init__(source=source, resolution=resolution)
         others = Source.several(ensemble.backbones, frozen_weights)
         for source in others:
             resolution_of(source, self.resolution)  # a wrong one is found before the others are loaded, or trained on
@@ -258,7 +256,7 @@ class Cloaking(BackboneModule):
         # sends some of them by itself.
         signs = self._average(outcome.vital_signs)
         require_vital(signs.tolist(), self.turn)  # the round's one copy from the device
-        names = ("surrogate/clean_loss", "pgd/objective", "surrogate/cloaked_loss", "pgd/gradient")
+        names = ("surrogate/clean_loss", "pgd/objective", "surrogate/cloaked_loss", "pgd/gradient", "pgd/latents")
         values = {
             **dict(zip(names, signs, strict=False)),
             "perturbation/largest": self.perturbation.abs().max() / STEP,

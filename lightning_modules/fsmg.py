@@ -108,5 +108,5 @@ class FSMG(Cloaking):
 
 
 def surrogate_folder(root: Path, source: Source) -> Path:
-    """Where the surrogate of a base model is trained; another revision or variant is another model."""
+    """Where the surrogate of a base model is trained; another revision, variant or rest is another model."""
     return root / "surrogates" / slug(str(source))

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior
 from antidreambooth.diffusion.class_images import BATCH
-from antidreambooth.diffusion.loading import load_backbone, read_defaults
+from antidreambooth.diffusion.layout import read_defaults
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.sampling import Generation, blank, noise_of, sample
 from antidreambooth.diffusion.seeding import uniform
-from antidreambooth.diffusion.source import Precision
+from antidreambooth.diffusion.source import Precision, Source
 from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.faces import Dlib, FaceModel, reference
 from antidreambooth.evaluation.measures import face_measures
@@ -67,9 +68,11 @@ class Victim(Training):
     ``fit`` trains, ``test`` generates pictures of the person and measures how much of the person is in them.
 
     Args:
-        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
+        backbone: base model: ``embedded``, a folder in diffusers layout, a hub id, or one file (``components``).
         revision: branch, tag or commit of a hub id.
         variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        components: where backbone is one ``.safetensors`` file, a folder in diffusers layout of the same kind of model:
+            its config files, tokenizers and scheduler are used, and its weights of networks that the file lacks.
         frozen_weights: how weights of denoiser and text encoders are held that do not learn: ``bf16`` takes half the
             memory (for --trainer.precision bf16-mixed, which rounds to it anyway), ``nf4`` an eighth of the denoiser's
             (also on CUDA, with bitsandbytes, for a LoRA).
@@ -91,6 +94,7 @@ class Victim(Training):
         backbone: str = "embedded",
         revision: str | None = None,
         variant: str | None = None,
+        components: str | None = None,
         frozen_weights: Precision = "fp32",
         resolution: int | None = None,
         adaptation: Adaptation | None = None,
@@ -101,13 +105,8 @@ class Victim(Training):
         faces: FaceModel | None = None,
         stability: bool = False,
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            revision=revision,
-            variant=variant,
-            resolution=resolution,
-            frozen_weights=frozen_weights,
-        )
+        source = Source(backbone, revision, variant, components, frozen_weights)
+        super().__init__(source=source, resolution=resolution)
         self.adaptation = adaptation or Full()
         self.adaptation.require_learnable(self.source)
         training = training.completed(read_defaults(self.source), self.adaptation.role)

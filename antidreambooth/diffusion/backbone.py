@@ -71,7 +71,6 @@ class Backbone(nn.Module, ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_lora: ClassVar[tuple[str, ...]] = ()  # text encoders that may learn
     density: ClassVar[TimestepSampler] = Uniform()
-    scheduler_kind: ClassVar[Any] = None  # what the scheduler's config is read into; the class that it names if None
     schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)  # names of schedulers it may have
     arguments: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # of the pipeline, for the parts of a Conditioning
     guidance: ClassVar[tuple[str, float]] = ("guidance_scale", 1.0)  # of the pipeline, with its value for none
@@ -91,8 +90,7 @@ class Backbone(nn.Module, ABC):
         for name, part in {**self.switches, **parts}.items():
             setattr(self, name, part)
         self.defaults = defaults or self.published
-        with made_on_cpu():
-            self.noising = self.law(dict(self.scheduler.config))
+        self.reschedule(self.scheduler)
         self.decoder_rests, self.encodes_twice = False, False
         self.text_rests, self.text_present = False, True  # see rest_text_encoders
         self.remembered: dict[Hashable, Conditioning] = {}  # what the text encoders have said, once they rest
@@ -142,6 +140,11 @@ class Backbone(nn.Module, ABC):
         size = configs[cls.denoiser_name()].get("sample_size")
         first, *others = size if isinstance(size, list | tuple) and size else [size]
         return first * cls.shrinkage(configs) if whole_number(first) and {*others} <= {first} else None
+
+    @classmethod
+    def scheduler_kind(cls, config: Mapping[str, Any]) -> Any:
+        """The class that a scheduler's config is read into; None for the one that it names."""
+        return None
 
     @classmethod
     def denoiser_name(cls) -> str:
@@ -218,6 +221,12 @@ class Backbone(nn.Module, ABC):
         return {prefix + name: part for name, part in zip(self.arguments, conditioning, strict=True)}
 
     # What all share.
+
+    def reschedule(self, scheduler: Any) -> None:
+        """Takes a scheduler, and with it the noise law."""
+        self.scheduler = scheduler
+        with made_on_cpu():
+            self.noising = self.law(dict(scheduler.config))
 
     @property
     def device(self) -> torch.device:

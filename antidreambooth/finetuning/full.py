@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from antidreambooth.diffusion.backbone import Backbone
-from antidreambooth.diffusion.loading import load_backbone, quiet
+from antidreambooth.diffusion.libraries import quiet
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.finetuning.adaptation import Adaptation, explained
 from antidreambooth.finetuning.dreambooth import learning_encoders
 

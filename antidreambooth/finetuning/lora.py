@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.integrity import listed, unusable
-from antidreambooth.diffusion.loading import quiet
+from antidreambooth.diffusion.libraries import quiet
 from antidreambooth.diffusion.precision import taken_for_fp32
 from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.adaptation import Adaptation, explained

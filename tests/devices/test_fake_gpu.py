@@ -105,8 +105,8 @@ def test_pictures_are_drawn_on_the_device(models):
     with fake_gpu() as traffic:
         pictures = sample(empty_on(backbone, CUDA), PROMPT, noise_of(backbone, 16, range(2), seed=0), steps=2)
     assert (pictures.device, pictures.dtype) == (CUDA, torch.uint8)
-    ours = {place: count for place, count in traffic.copies.items() if "(sample)" not in place}  # diffusers'
-    assert sum(ours.values()) == 3, ours  # the noise, and whether all is finite: twice
+    ours = {place: count for place, count in traffic.copies.items() if "(draw)" not in place}  # diffusers'
+    assert sum(ours.values()) == 5, ours  # the noise, the words of two prompts, and whether all is finite: twice
     assert {place.partition(" ")[2] for place in traffic.bytes_at} == {"(eight_bits)"}
 
 
