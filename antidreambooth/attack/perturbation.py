@@ -94,7 +94,8 @@ def pixel_gradient(
             parts = torch.autograd.grad(value, leaves, materialize_grads=True)
             sums = [total + part for total, part in zip(sums, parts, strict=True)]
             values.append(value.detach())
-        gradients += torch.autograd.grad(posterior, pixels, sums)
+        reached = [pair for pair in zip(posterior, sums, strict=True) if pair[0].requires_grad]  # zeros for a spread
+        gradients += torch.autograd.grad([part for part, _ in reached], pixels, [total for _, total in reached])
         squares.append(posterior.mean.detach().square().flatten(1).mean(dim=1))
     return Ascent(torch.cat(gradients), torch.stack(values).sum(), torch.cat(squares).mean().sqrt())
 
