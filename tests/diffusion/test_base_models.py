@@ -516,7 +516,14 @@ def test_a_variant_can_be_named_wherever_a_base_model_can(
     record = manifest(tmp_path / "two")["settings"]["model"]
     assert record["ensemble_sha256"] == [sha]
     assert record["ensemble"]["backbones"] == [
-        {"class": "Source", "name": str(twofold), "revision": None, "variant": "good", "frozen_weights": "fp32"}
+        {
+            "class": "Source",
+            "name": str(twofold),
+            "revision": None,
+            "variant": "good",
+            "components": None,
+            "frozen_weights": "fp32",
+        }
     ]
     source = Source(str(twofold), variant="good")
     for method, ensemble in (("advdm", ()), ("e-aspl", [source])):
