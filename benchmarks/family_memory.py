@@ -63,6 +63,7 @@ class Count:
         texts: text encoders, which embed a run's prompts before the others are on the device.
         peaks: most bytes of each of ``STEPS``, with what is held.
         four_bits: how much less is held if the denoiser's linear layers take 4 bits a weight.
+        start: text encoders beside such a denoiser, which is read onto the device.
         full: weights, gradients and moments if the denoiser learns as a whole.
     """
 
@@ -73,6 +74,7 @@ class Count:
     texts: int
     peaks: tuple[int, ...]
     four_bits: int
+    start: int
     full: int
 
 
@@ -136,8 +138,10 @@ def count(name: str, resolution: int, checkpointing: bool) -> Count:
     with ExitStack() as stack:
         stack.enter_context(fake())
         backbone = made(model)
-        held = bytes_of(backbone.denoiser) + bytes_of(backbone.vae)
+        denoiser = bytes_of(backbone.denoiser)
+        held = denoiser + bytes_of(backbone.vae)
         linear = sum(size(layer) for layer in backbone.denoiser.modules() if isinstance(layer, nn.Linear))
+        saved = int((2 - NF4) * linear)
         learned = FULL * size(backbone.denoiser)
         plain = DreamBooth(steps=2, gradient_checkpointing=checkpointing, prior=PriorPreservation(weight=0.0))
         training = LoRA().surrogate_settings(plain, backbone.defaults)
@@ -164,7 +168,7 @@ def count(name: str, resolution: int, checkpointing: bool) -> Count:
         stack.enter_context(cuda_autocast(True))
         peaks = tuple(counter.peak(step) for step in (attack, learn))
     gc.collect()
-    return Count(name, resolution, checkpointing, held, texts, peaks, int((2 - NF4) * linear), learned)
+    return Count(name, resolution, checkpointing, held, texts, peaks, saved, texts + denoiser - saved, learned)
 
 
 def rows(name: str) -> list[list[str]]:
@@ -185,7 +189,7 @@ def rows(name: str) -> list[list[str]]:
             most = [max(one.peaks[number], one.texts) for one in found]
             lines.append(line(f"{step}{way}", most, "counted"))
     for number, step in enumerate(STEPS):
-        less = [max(one.peaks[number] - one.four_bits, one.texts) for one in sides[1]]
+        less = [max(one.peaks[number] - one.four_bits, one.start) for one in sides[1]]
         lines.append(line(f"{step}, checkpointed, nf4", less, "computed"))
     lines.append(line("full AdamW, 16 bytes a weight", [first.full] * 2, "computed"))
     return lines
@@ -202,8 +206,9 @@ def report(folder: Path, names: Sequence[str]) -> str:
         f"torch {torch.__version__}. Frozen weights in bf16, a LoRA of rank 16 in fp32 with its AdamW, autocast to "
         "bf16. Not in it: drawing class images and sample grids. PGD on a model that does not learn takes the same "
         "less the LoRA. Where text encoders take more than the step, theirs is the figure. nf4 is the counted step "
-        f"less what the denoiser's linear layers take less ({NF4} bytes a weight instead of 2). Cards: the smallest "
-        f"of {', '.join(map(str, CARDS))} GB that leaves {RESERVE / GIB:.0f} GiB for the CUDA context, kernels' "
+        f"less what the denoiser's linear layers take less ({NF4} bytes a weight instead of 2), or that denoiser and "
+        "the text encoders: it is read onto the device before they embed. Cards: the smallest of "
+        f"{', '.join(map(str, CARDS))} GB that leaves {RESERVE / GIB:.0f} GiB for the CUDA context, kernels' "
         "workspaces and fragmentation."
     )
     for name in tqdm(names, desc="base models"):

@@ -22,10 +22,11 @@ class TrainedModel(Callback):
         if stage == "fit":
             for_all_ranks(trainer, lambda: require_writable(Path(trainer.default_root_dir)))
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """The same for its size, which is known now; the optimizer's moments make a checkpoint three times as large."""
         trained = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
-        whole = sum(p.numel() * p.element_size() for p in pl_module.parameters())
+        parts = [pl_module, *pl_module.backbone.text_encoders.values()]  # these may be no part of it while they rest
+        whole = sum(size for size in {id(p): p.nbytes for part in parts for p in part.parameters()}.values())
         for_all_ranks(trainer, lambda: require_room(Path(trainer.default_root_dir), 6 * trained + whole))
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:

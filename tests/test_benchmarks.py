@@ -162,6 +162,7 @@ def test_steps_of_a_base_model_are_counted(tmp_path):
     for number in range(2):
         assert again.held < again.peaks[number] < plain.peaks[number]
     assert 0 < plain.four_bits < 2 * unet
+    assert plain.texts < plain.start < plain.texts + 2 * unet
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(family_memory, "count", lambda name, side, again: plain)
         text = family_memory.report(tmp_path, ["SD 1.5"])

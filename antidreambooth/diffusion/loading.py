@@ -54,7 +54,7 @@ def load_backbone(named: Named) -> Backbone:
     """
     source = Source.of(named)
     if source.frozen_weights == "nf4":
-        require_four_bits()
+        require_four_bits(source)
     kind, configs, held = inspect(source)
     place = locate(source)
     where: dict[str, Any] = {"revision": source.revision, "local_files_only": isinstance(place, Path)}
@@ -104,13 +104,15 @@ def load_backbone(named: Named) -> Backbone:
     return backbone
 
 
-def require_four_bits() -> None:
+def require_four_bits(source: Source) -> None:
     """Refuses weights of 4 bits where they do not work.
 
     Raises:
-        InputError: there is no CUDA, or a package is missing.
+        InputError: the model is one file, there is no CUDA, or a package is missing.
     """
     other = "use frozen_weights bf16 instead"
+    if source.file:
+        raise InputError(f"frozen_weights nf4 reads folders and hub ids, and {source.name} is one file: {other}")
     if not torch.cuda.is_available():
         raise InputError(f"frozen_weights nf4 works on an NVIDIA GPU only: {other}")
     if missing := [name for name in QUANTIZED if find_spec(name) is None]:

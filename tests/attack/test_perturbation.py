@@ -13,6 +13,7 @@ from antidreambooth.attack.objectives import Denoising, Targeted, Transformed
 from antidreambooth.attack.perturbation import PGD, pixel_gradient
 from antidreambooth.attack.surrogates import Fixed
 from antidreambooth.attack.transforms import Crop, Flip
+from antidreambooth.diffusion.backbone import Posterior
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import to_float
@@ -137,6 +138,29 @@ def test_a_step_goes_along_the_mean_of_draws_that_differ(backbone):
 
 
 PROMPT = "a photo of sks person"
+
+
+def test_latents_without_a_spread_are_attacked(backbone, monkeypatch):
+    """As Sana's are: no gradient goes through the spread, and nothing of it to the pixels."""
+    usual = backbone.to_latents
+    images = to_float(random_images(3))
+    whole = gradient_through(backbone, images)
+
+    def sharp(pixels):
+        mean, std = usual(pixels)
+        return Posterior(mean, std.detach())
+
+    monkeypatch.setattr(backbone, "to_latents", sharp)
+    found = gradient_through(backbone, images)
+    assert found.isfinite().all()
+    assert found.abs().max() > 0
+    assert not torch.equal(found, whole)
+
+
+def gradient_through(backbone, images):
+    """Of the loss, with the same draw each time."""
+    draw = Denoising().draw(backbone, images, Turn(0).generator(images.device))
+    return pixel_gradient(Denoising(), backbone, images, backbone.embed(["a photo"]), [draw], 2)[0]
 
 
 def test_attack_raises_the_objective_and_leaves_the_model_alone(backbone):

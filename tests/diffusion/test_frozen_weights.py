@@ -136,6 +136,13 @@ def test_four_bits_are_refused_where_they_do_not_work(small_model, monkeypatch):
         load_backbone(source)
 
 
+def test_four_bits_are_refused_for_one_file(tmp_path, small_model):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(InputError, match=r"model\.safetensors is one file: use frozen_weights bf16"):
+        load_backbone(Source(str(file), components=str(small_model), frozen_weights="nf4"))
+
+
 def test_four_bits_do_not_learn(command, small_model, photos, tmp_path):
     """Said before anything is loaded; a LoRA, and what does not learn, get as far as to this machine."""
     nf4, here = "--model.frozen_weights=nf4", "works on an NVIDIA GPU only"
