@@ -112,6 +112,7 @@ def cloak(
     assembly = Assembly(chosen, replace(settings or Settings(), budget=float(budget)))
     where = device_named(device)
     side = shared_resolution(names, side)
+    assembly.check(names)
     prompts = [trained_prompt(source, assembly.settings) for source in names] if chosen.surrogate == "trained" else None
     take = assembly.settings.parametrisation.take
     with unaffected(where):

@@ -113,6 +113,7 @@ class Cloaking(BackboneModule):
             execution=execution,
         )
         self.assembly = Assembly(self.method(), self.completed(settings), self._average)
+        self.assembly.check([self.source, *Source.several(ensemble.backbones)])
         self.attack = self.assembly.attack
         self.register_buffer("perturbation", torch.empty(0))
         self.register_buffer("memory", torch.empty(0))

@@ -6,7 +6,7 @@ makes an ``Assembly`` of it, lets it adopt base models, and asks it for the surr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded, Surr
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.execution import Execution
+from antidreambooth.diffusion.loading import family_of, read_defaults
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.adaptation import Adaptation
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
@@ -143,6 +145,17 @@ class Assembly:
         """Whether the surrogates learn in every round."""
         return self.method.surrogate == "alternating"
 
+    def check(self, sources: Iterable[Source]) -> None:
+        """Refuses base models that cannot learn as the settings say, before any of them is loaded.
+
+        Raises:
+            InputError: one cannot.
+        """
+        adaptation = self.settings.adaptation
+        for source in sources if self.learns else ():
+            training = adaptation.surrogate_settings(self.settings.training, read_defaults(source))
+            adaptation.check(family_of(source), bool(training.train_text_encoder))
+
     def adopt(
         self,
         backbones: Sequence[Backbone],
@@ -215,7 +228,8 @@ class Assembly:
 
 def plain_weights(backbone: Backbone, training: DreamBooth) -> Weights:
     """The weights that learn, with torch's own AdamW: for a run with one process and no training framework."""
-    assert training.learning_rate is not None
     learned = backbone.learned()
     rate, decay = training.learning_rate, training.weight_decay
+    assert rate is not None  # an assembly's are complete
+    assert decay is not None
     return Weights(learned, torch.optim.AdamW(learned, lr=rate, weight_decay=decay, fused=True))

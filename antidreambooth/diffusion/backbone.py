@@ -70,6 +70,8 @@ class Backbone(nn.Module, ABC):
     published: ClassVar[Defaults]
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_lora: ClassVar[tuple[str, ...]] = ()  # text encoders that may learn
+    # Text encoders that learn a new word, and the names of its vectors in the official file; "" for the word itself.
+    inverted: ClassVar[Mapping[str, str]] = {}
     density: ClassVar[TimestepSampler] = Uniform()
     scheduler_kind: ClassVar[Any] = None  # what the scheduler's config is read into; the class that it names if None
     schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)  # names of schedulers it may have

@@ -16,7 +16,7 @@ from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults, Role, given
 from antidreambooth.diffusion.precision import made_on_cpu
 from antidreambooth.errors import InputError, first_line
-from antidreambooth.finetuning.dreambooth import DreamBooth
+from antidreambooth.finetuning.dreambooth import DreamBooth, require_encoders
 
 
 class Adaptation(ABC):
@@ -24,6 +24,15 @@ class Adaptation(ABC):
 
     role: ClassVar[Role]
     folder: ClassVar[str]
+
+    def check(self, family: type[Backbone], train_text_encoder: bool) -> None:
+        """Refuses a family of base models that cannot learn in this way; needs no model to be loaded.
+
+        Raises:
+            InputError: it cannot.
+        """
+        if train_text_encoder:
+            require_encoders(family)
 
     @abstractmethod
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
@@ -61,6 +70,7 @@ class Adaptation(ABC):
                 training,
                 learning_rate=given(training.learning_rate, recipe.learning_rate),
                 train_text_encoder=given(training.train_text_encoder, recipe.train_text_encoder),
+                weight_decay=given(training.weight_decay, recipe.weight_decay),
             )
         return replace(training.completed(defaults), instance_prompt=self.prompt(training.instance_prompt))
 

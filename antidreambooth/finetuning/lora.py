@@ -85,7 +85,12 @@ class LoRA(Adaptation):
         """Adds the trained updates."""
         with explained(folder), quiet(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*inconsistency was discovered between the PEFT config.*")  # ours to say
-            *found, metadata = backbone.official.lora_state_dict(folder, weight_name=FILE, return_lora_metadata=True)
+            *found, metadata = backbone.official.lora_state_dict(
+                folder,
+                weight_name=FILE,
+                return_lora_metadata=True,
+                unet_config=backbone.denoiser.config,  # other trainers number SDXL's blocks from input to output
+            )
             state = found[0]  # of older pipelines the alphas follow
             if wrong := unusable(state):
                 raise InputError(f"{FILE} {wrong}")

@@ -45,6 +45,7 @@ class StableDiffusion(Backbone):
     tokenizers: ClassVar[Mapping[str, Any]] = {"tokenizer": CLIPTokenizer}
     published = Defaults()
     text_lora = ("text_encoder",)
+    inverted: ClassVar[Mapping[str, str]] = {"text_encoder": ""}
     scheduler_kind = DDPMScheduler
     left_out: ClassVar[Mapping[str, Any]] = {
         "safety_checker": None,
