@@ -30,7 +30,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks  # noqa: F401 (class names on the command line resolve to what is imported)
 import datamodules  # noqa: F401
-from antidreambooth.diffusion.loading import read_defaults
+from antidreambooth.diffusion.layout import read_defaults
 from antidreambooth.diffusion.precision import computes_in_bf16, usual_device
 from antidreambooth.errors import DEBUG, InputError, causes, first_line
 from launch.dry_run import Estimate, dry_run

@@ -19,8 +19,9 @@ from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_wei
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
-from antidreambooth.diffusion.loading import load_backbone, shared_resolution
-from antidreambooth.diffusion.precision import computes_in_bf16, unaffected
+from antidreambooth.diffusion.layout import shared_resolution
+from antidreambooth.diffusion.loading import load_backbone
+from antidreambooth.diffusion.precision import computes_in_bf16, has_own_memory, unaffected
 from antidreambooth.diffusion.seeding import Turn, require_seed
 from antidreambooth.diffusion.source import EMBEDDED, Named, Source, locate
 from antidreambooth.errors import InputError, require
@@ -61,7 +62,8 @@ def cloak(
     Args:
         images: photos of any size: paths, Pillow images, or arrays of uint8 (h w 3, in sRGB), in any mixture.
         backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id; or a ``Source``, which is one of
-            these with a revision or a variant of the weights. For ``fsmg``, ``t-fsmg`` and
+            these with a revision or a variant of the weights, one ``.safetensors`` file with a folder of the other
+            components, or how weights are held (``frozen_weights``, for large models). For ``fsmg``, ``t-fsmg`` and
             ``e-fsmg`` a model that was trained on the person, such as ``model/`` of ``fit -c configs/dreambooth.yaml``;
             the ``manifest.json`` beside such a ``model/`` says that it was, and by which prompt it knows the person.
             The embedded model is refused for these methods, and so is one whose manifest speaks of no person; of one
@@ -112,7 +114,7 @@ def cloak(
     assembly = Assembly(chosen, replace(settings or Settings(), budget=float(budget)))
     where = device_named(device)
     side = shared_resolution(names, side)
-    assembly.check(names)
+    assembly.require_learnable(names)
     prompts = [trained_prompt(source, assembly.settings) for source in names] if chosen.surrogate == "trained" else None
     take = assembly.settings.parametrisation.take
     with unaffected(where):
@@ -137,7 +139,16 @@ def _cloaked(
     resting = parametrisation.canvas(photos, side)
     canvas, reference = resting.to(where), parametrisation.canvas(others, side).to(where)
     low = computes_in_bf16(where)
-    models = [load_backbone(name).to(where) for name in names]
+    if not low and any(name.frozen_weights != "fp32" for name in names):
+        raise InputError(f"{where} does not compute in bf16: leave out frozen_weights, or choose another device")
+    models = []
+    for number, name in enumerate(names):
+        model = load_backbone(name)
+        asked = assembly.asks(model, prompts[number] if prompts else None)
+        if asked and has_own_memory(where):
+            with torch.autocast(where.type, torch.bfloat16, enabled=low):
+                model.rest_text_encoders(where, asked)
+        models.append(model.to(where))
     for notice in dict.fromkeys(model.defaults.notice for model in models if model.defaults.notice):
         log.warning(notice)
 
@@ -179,7 +190,7 @@ def trained_prompt(source: Source, settings: Settings) -> str:
     if place == EMBEDDED:
         raise InputError(f"{wanted}, and the embedded one knows nobody: {advice}")
     try:
-        prompt = person_in(place) if isinstance(place, Path) else None
+        prompt = person_in(place) if isinstance(place, Path) and not source.file else None
     except InputError as error:
         raise InputError(f"{wanted}, and {error}: {advice}") from error
     if prompt is None:

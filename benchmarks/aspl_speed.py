@@ -96,7 +96,9 @@ class Plain:
         # Nobody keeps the base model beside what has become of it.
         self.task.backbone.unet, self.task.backbone.text_encoder = self.theta
         unmeasured = torch.zeros_like(objective)
-        return Outcome(cloaked, clean_loss, objective, cloaked_loss, slope=unmeasured, weights=unmeasured)
+        return Outcome(
+            cloaked, clean_loss, objective, cloaked_loss, slope=unmeasured, latents=unmeasured, weights=unmeasured
+        )
 
     def learn(
         self, models: nn.ModuleList, images: Tensor, turn: Turn, generator: torch.Generator

@@ -33,7 +33,8 @@ from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.execution import Execution
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.layout import resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.photos.decoding import load_photos, to_float
@@ -456,7 +457,7 @@ def real_size(place: Place) -> list[Claim]:
         words += ["--checkpoint.every_n_epochs=2", "--trainer.callbacks=[{'class_path': 'CloakedPhotos'}]"]
         words += [f"--data.photos={photos}", "--model.surrogate.prior.images=4", "--trainer.enable_progress_bar=false"]
         if not cuda:
-            words += ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+            words += ["--trainer.accelerator=cpu"]
 
         def act() -> str:
             if cuda:

@@ -3,6 +3,7 @@
     python benchmarks/memory.py                 # measured where there is a GPU, counted where there is none
     python benchmarks/memory.py --count         # counted in any case
     python benchmarks/memory.py --validate      # the count against what the CPU's allocator measures
+    python benchmarks/memory.py --families      # every base model that people fine-tune today: counted
 
 What runs is the engine's own code. Sharded modes are counted in any case: FSDP2 by running it on fake ranks, ZeRO by
 the arithmetic of its states, on top of what the networks were counted to compute with.
@@ -19,6 +20,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from benchmarks import family_memory
+from benchmarks.base_models import BASE_MODELS
 from benchmarks.counting import fake, measured
 from benchmarks.phases import PHASES, PHOTOS, Mode, Peaks, Round, count, measure, sizes
 from benchmarks.published import published
@@ -181,7 +184,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", action="store_true", help="count even where there is a GPU")
     parser.add_argument("--tiny", action="store_true", help="a tiny architecture, to try the script")
     parser.add_argument("--validate", action="store_true", help="compare the count with an allocator, on the CPU")
+    parser.add_argument("--families", nargs="*", choices=[*BASE_MODELS], help="count base models (all of them)")
     args = parser.parse_args(arguments)
+    if args.families is not None:
+        torch.set_num_threads(1)
+        print(family_memory.report(args.output, args.families or [*BASE_MODELS]))
+        return
     if args.validate:
         print(validate(args.output))
         return

@@ -127,7 +127,7 @@ class Round:
         backbone = self.backbone
         text = backbone.embed(["a photo of a person"]).expanded(2 * count)
         noise = self.classes.mean[:1].expand(2 * count, -1, -1, -1)
-        step = torch.zeros((), dtype=torch.long, device=self.device)
+        step = torch.zeros(2 * count, dtype=torch.long, device=self.device)
         latents = backbone.denoise(noise, step, text).chunk(2)[0]
         with full_precision(torch.device(self.device)):
             for one in torch.split(latents.float(), 1):

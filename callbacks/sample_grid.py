@@ -47,6 +47,10 @@ class SampleGrid(Callback):
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
 
+    def asks(self, pl_module: Any) -> list[list[str]]:
+        """The lists of prompts that the grids ask text encoders for, so that a module can embed them in time."""
+        return [[pl_module.prompt(prompt)] * self.count for prompt in self.prompts]
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A grid, when a round's is due."""
         number = trainer.current_epoch + 1

@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 from antidreambooth.attack.parametrisation import Square
 from antidreambooth.diffusion.class_images import cache_folder
 from antidreambooth.diffusion.defaults import given
-from antidreambooth.diffusion.loading import (
+from antidreambooth.diffusion.layout import (
     bytes_of_networks,
     family_of,
     read_defaults,

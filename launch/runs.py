@@ -78,13 +78,14 @@ def backbones_of(model: Namespace) -> list[Source]:
         return []
     others = model.get("ensemble.backbones") or []
     named = [Source(**vars(other)) if isinstance(other, Namespace) else other for other in others]
-    return Source.several([Source(model.backbone, model.get("revision"), model.get("variant")), *named])
+    beside = [model.get(name) for name in ("revision", "variant", "components")]
+    return Source.several([Source(model.backbone, *beside), *named])
 
 
 def of_base_model(source: Source, how: str) -> dict[str, str]:
     """Names and values of the flags by which a run is given a base model, beside a config file and its own flags.
 
-    A run that names another model by its own flags gets no revision and no variant: they are of this one.
+    A run that names another model by its own flags gets no revision, variant and components: they are of this one.
     """
     own = any(word.partition("=")[0] == "--model.backbone" for word in shlex.split(how))
     given = {"backbone": source.name} if own else source.given

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import class_images
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.layout import resolution_of
+from antidreambooth.diffusion.loading import load_backbone
+from antidreambooth.diffusion.precision import has_own_memory
 from antidreambooth.diffusion.reuse import remembered
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.diffusion.source import Source
@@ -25,10 +27,10 @@ from antidreambooth.photos.decoding import to_float
 from antidreambooth.provenance import describe, differences, without
 from lightning_modules.running.preemption import Preemption
 from lightning_modules.running.sharding import shard, sharded, whole_at_birth
-from lightning_modules.running.strategies import check
+from lightning_modules.running.strategies import check, replicates
 
 PRECISIONS = ("32-true", "bf16-mixed")
-FORMAT = 2  # of checkpoints: raised whenever older ones cannot be resumed any more
+FORMAT = 3  # of checkpoints: raised whenever older ones cannot be resumed any more
 FREE = (  # settings that a resumed run may change
     *("micro_batch", "gradient_checkpointing", "offload", "execution"),  # the result differs by rounding at most
     *("generation", "faces", "stability"),  # of a test, which a fit does not depend on
@@ -36,24 +38,23 @@ FREE = (  # settings that a resumed run may change
 
 
 class BackboneModule(LightningModule):
-    """A run that trains or uses a base model with fp32 weights.
+    """A run that trains or uses a base model; what learns has fp32 weights.
 
     Args:
-        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
-        revision: branch, tag or commit of a hub id.
-        variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        source: the base model.
         resolution: side of the pictures in pixels; what the backbone was made for when not given.
+        frozen_weights: how weights are held that do not learn: fp32, bf16 or nf4; see ``Source``.
     """
 
     backbone: Backbone
     hparams: Any  # the constructor's arguments by name; Lightning declares a mapping without attributes
     buffers_kept: tuple[str, ...] = ()  # in checkpoints, beside what is trained
 
-    def __init__(self, *, backbone: str, revision: str | None, variant: str | None, resolution: int | None) -> None:
+    def __init__(self, *, source: Source, resolution: int | None) -> None:
         super().__init__()
         require("resolution", resolution, 1, unit="in pixels")
         self.strict_loading = False  # frozen weights are not in checkpoints; on_load_checkpoint checks the rest
-        self.source = Source(backbone, revision, variant)
+        self.source = source
         self.resolution = resolution_of(self.source, resolution)
         self.preemption = Preemption()
         self.draw: Callable[..., UInt8[Tensor, "n 3 h w"]] = class_images  # a dry run draws less
@@ -65,6 +66,12 @@ class BackboneModule(LightningModule):
             raise InputError(
                 f"{type(self).__name__} keeps fp32 weights: use --trainer.precision {' or '.join(PRECISIONS)}, "
                 f"got {self.trainer.precision}"
+            )
+        low = [source.frozen_weights for source in self.sources if source.frozen_weights != "fp32"]
+        if low and self.trainer.precision != "bf16-mixed":
+            raise InputError(
+                f"frozen_weights {low[0]} needs --trainer.precision bf16-mixed, got {self.trainer.precision}: use it, "
+                "or leave out --model.frozen_weights"
             )
         fitting = stage == "fit"
         batches = self.trainer.limit_train_batches if fitting else self.trainer.limit_test_batches
@@ -82,7 +89,7 @@ class BackboneModule(LightningModule):
 
     def build(self) -> None:
         """Loads the backbone onto the device that will run it."""
-        self.backbone, self.fingerprint = self.load(self.sources[0])
+        self.backbone, self.fingerprint = self.load(0)
 
     def on_train_start(self) -> None:
         """Ready to be told to go."""
@@ -102,8 +109,21 @@ class BackboneModule(LightningModule):
         """The base models, as loaded."""
         return [self.backbone]
 
-    def load(self, source: Source) -> tuple[Backbone, str]:
-        """A base model, on the device, and its fingerprint; both are made once for several runs of a process."""
+    def asks(self, backbone: Backbone, number: int) -> list[list[str]] | None:
+        """The lists of prompts that a run will ask text encoders for; None where one learns, or nobody knows.
+
+        Args:
+            backbone: the base model, as loaded.
+            number: which of ``sources`` it is.
+        """
+        return None
+
+    def load(self, number: int) -> tuple[Backbone, str]:
+        """A base model, on the device, and its fingerprint; both are made once for several runs of a process.
+
+        Text encoders of which all is known that they will be asked for rest in main memory.
+        """
+        source = self.sources[number]
 
         def loaded() -> tuple[Backbone, str]:
             backbone = load_backbone(source)
@@ -111,6 +131,11 @@ class BackboneModule(LightningModule):
 
         alone = Path(source.name).is_relative_to(self.trainer.default_root_dir)  # trained for this run
         backbone, fingerprint = loaded() if alone else remembered(lambda: source, loaded)
+        asked = self.asks(backbone, number)
+        if asked and has_own_memory(self.place) and replicates(self.trainer.strategy):
+            shown = [prompts for one in getattr(self.trainer, "callbacks", ()) for prompts in _asks(one, self)]
+            with self.trainer.precision_plugin.forward_context():
+                backbone.rest_text_encoders(self.place, [*asked, *shown])
         return backbone.to(self.place), fingerprint
 
     @property
@@ -203,3 +228,8 @@ class BackboneModule(LightningModule):
             return tqdm(batches, desc=what, disable=self.global_rank > 0 or not batches)
 
         return bar
+
+
+def _asks(callback: Any, module: BackboneModule) -> list[list[str]]:
+    """What a callback will draw."""
+    return callback.asks(module) if hasattr(callback, "asks") else []

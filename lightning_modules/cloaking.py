@@ -20,9 +20,9 @@ from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.execution import Execution
-from antidreambooth.diffusion.loading import resolution_of
+from antidreambooth.diffusion.layout import resolution_of
 from antidreambooth.diffusion.seeding import Turn
-from antidreambooth.diffusion.source import Source
+from antidreambooth.diffusion.source import Precision, Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.weights import Weights
@@ -36,7 +36,8 @@ class Ensemble:
 
     Args:
         backbones: ``embedded``, folders in diffusers layout, or hub ids; for a revision or a variant of the weights
-            {name: NAME, revision: REVISION, variant: VARIANT} instead of a name.
+            {name: NAME, revision: REVISION, variant: VARIANT} instead of a name, for one file {name: FILE,
+            components: FOLDER}; each may hold frozen_weights of its own instead of the run's.
         offload: whether from the first round on only the one at work is on the device, and the others rest in main
             memory; for a single process.
     """
@@ -53,9 +54,14 @@ class Cloaking(BackboneModule):
     identical on all of them.
 
     Args:
-        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
+        backbone: base model: ``embedded``, a folder in diffusers layout, a hub id, or one file (``components``).
         revision: branch, tag or commit of a hub id.
         variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        components: where backbone is one ``.safetensors`` file, a folder in diffusers layout of the same kind of model:
+            its config files, tokenizers and scheduler are used, and its weights of networks that the file lacks.
+        frozen_weights: how weights of denoiser and text encoders are held that do not learn: ``bf16`` takes half the
+            memory (for --trainer.precision bf16-mixed, which rounds to it anyway), ``nf4`` an eighth of the denoiser's
+            (also on CUDA, with bitsandbytes, for a LoRA as the surrogate or one that does not learn).
         resolution: side in pixels at which photos are cloaked; what the backbone was made for when not given.
         budget: largest change of any pixel's value, in 8-bit steps.
         step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
@@ -82,6 +88,8 @@ class Cloaking(BackboneModule):
         backbone: str = "embedded",
         revision: str | None = None,
         variant: str | None = None,
+        components: str | None = None,
+        frozen_weights: Precision = "fp32",
         resolution: int | None = None,
         budget: float = 8.0,
         step_size: float | None = None,
@@ -94,8 +102,10 @@ class Cloaking(BackboneModule):
         ensemble: Ensemble = Ensemble(),
         execution: Execution = Execution(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
-        for source in Source.several(ensemble.backbones):
+        source = Source(backbone, revision, variant, components=components, frozen_weights=frozen_weights)
+        super().__init__(source=source, resolution=resolution)
+        others = Source.several(ensemble.backbones, frozen_weights)
+        for source in others:
             resolution_of(source, self.resolution)  # a wrong one is found before the others are loaded, or trained on
         self.save_hyperparameters(logger=False)  # a subclass's own, too
         self.automatic_optimization = False
@@ -113,7 +123,7 @@ class Cloaking(BackboneModule):
             execution=execution,
         )
         self.assembly = Assembly(self.method(), self.completed(settings), self._average)
-        self.assembly.check([self.source, *Source.several(ensemble.backbones)])
+        self.assembly.require_learnable([self.source, *others])
         self.attack = self.assembly.attack
         self.register_buffer("perturbation", torch.empty(0))
         self.register_buffer("memory", torch.empty(0))
@@ -124,7 +134,7 @@ class Cloaking(BackboneModule):
     @property
     def sources(self) -> list[Source]:
         """The base models, the first one first."""
-        return [self.source, *Source.several(self.hparams.ensemble.backbones)]
+        return [self.source, *Source.several(self.hparams.ensemble.backbones, self.source.frozen_weights)]
 
     @property
     def backbones(self) -> list[Backbone]:
@@ -153,7 +163,7 @@ class Cloaking(BackboneModule):
         resting: Canvas = self.trainer.datamodule.canvas  # type: ignore[attr-defined]
         canvas = resting.to(self.place)
         self.perturbation = torch.zeros_like(canvas.blank)
-        others = [self.load(source) for source in self.sources[1:]]
+        others = [self.load(number) for number in range(1, len(self.sources))]
         self.others = nn.ModuleList(backbone for backbone, _ in others)
         self.fingerprints = [fingerprint for _, fingerprint in others]
         self.memory = self._remembered([canvas.begin(self.attack.rule) for _ in self.backbones])
@@ -162,6 +172,11 @@ class Cloaking(BackboneModule):
     def prompts(self) -> list[str] | None:
         """What each base model that does not learn is asked for; the method's own prompt when not said."""
         return None
+
+    def asks(self, backbone: Backbone, number: int) -> list[list[str]] | None:
+        """What the method asks for."""
+        prompts = self.prompts()
+        return self.assembly.asks(backbone, prompts[number] if prompts else None)
 
     def class_latents(self, backbone: Backbone, prior: PriorPreservation) -> Posterior | None:
         """Latents of a base model's class images."""
@@ -191,13 +206,16 @@ class Cloaking(BackboneModule):
         self._log(outcome)
 
     def memory_savers(self) -> list[str]:
-        """Photos one at a time; base models one at a time."""
+        """Photos one at a time; base models one at a time; in bf16 what is frozen in it."""
         chosen, alone = self.hparams, self.trainer.world_size == 1
         several = bool(chosen.ensemble.backbones)
+        frozen = not (self.assembly.learns and self.assembly.settings.adaptation.whole)
+        halved = frozen and self.trainer.precision == "bf16-mixed" and self.source.frozen_weights == "fp32"
         return [
             *(["--model.execution.recorded false"] if chosen.execution.recorded else []),
             *(["--model.micro_batch 1"] if chosen.micro_batch > 1 else []),
             *(["--model.ensemble.offload true"] if several and alone and not chosen.ensemble.offload else []),
+            *(["--model.frozen_weights bf16"] if halved else []),
         ]
 
     def on_train_epoch_end(self) -> None:
@@ -238,7 +256,7 @@ class Cloaking(BackboneModule):
         # sends some of them by itself.
         signs = self._average(outcome.vital_signs)
         require_vital(signs.tolist(), self.turn)  # the round's one copy from the device
-        names = ("surrogate/clean_loss", "pgd/objective", "surrogate/cloaked_loss", "pgd/gradient")
+        names = ("surrogate/clean_loss", "pgd/objective", "surrogate/cloaked_loss", "pgd/gradient", "pgd/latents")
         values = {
             **dict(zip(names, signs, strict=False)),
             "perturbation/largest": self.perturbation.abs().max() / STEP,

@@ -59,7 +59,8 @@ class FSMG(Cloaking):
         if self.hparams.surrogate is None:
             return super().sources
         root = Path(self.trainer.default_root_dir)
-        return [Source(str(surrogate_folder(root, source) / Full.folder)) for source in super().sources]
+        places = [(source, str(surrogate_folder(root, source) / Full.folder)) for source in super().sources]
+        return [Source(place, frozen_weights=source.frozen_weights) for source, place in places]
 
     def method(self) -> Method:
         """FSMG, or AdvDM where nothing is trained; whatever its numbers."""
@@ -107,5 +108,5 @@ class FSMG(Cloaking):
 
 
 def surrogate_folder(root: Path, source: Source) -> Path:
-    """Where the surrogate of a base model is trained; another revision or variant is another model."""
+    """Where the surrogate of a base model is trained; another revision, variant or rest is another model."""
     return root / "surrogates" / slug(str(source))

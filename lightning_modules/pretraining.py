@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from safetensors import safe_open
@@ -20,7 +20,9 @@ from transformers import CLIPTextModel
 
 from antidreambooth.diffusion.backbone import Posterior
 from antidreambooth.diffusion.draws import Draw
+from antidreambooth.diffusion.families.stable_diffusion import StableDiffusion, flows
 from antidreambooth.diffusion.precision import made_on_cpu
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, require
 from antidreambooth.files import write_atomically
 from antidreambooth.finetuning.full import Full
@@ -30,6 +32,12 @@ from lightning_modules.running.strategies import replicates
 from lightning_modules.training import Training
 
 ENCODED = 64  # pictures at a time
+FLOW = {  # of a scheduler; of these the last is what the pipeline expects and makes no difference
+    "use_flow_sigmas": True,
+    "prediction_type": "flow_prediction",
+    "flow_shift": 1.0,
+    "steps_offset": 1,
+}
 GAMMA = 5.0  # of min-SNR weighting, as its paper recommends
 
 
@@ -40,11 +48,17 @@ class Pretraining(Training):
     averaged over the steps. Latents are computed once and kept as ``latents.safetensors`` in the run's folder.
 
     Args:
-        backbone: the model that is taken apart: ``embedded``, a folder in diffusers layout, or a hub id.
+        backbone: the model that is taken apart: ``embedded``, a folder in diffusers layout, a hub id, or one
+            file (``components``).
         revision: branch, tag or commit of a hub id.
         variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        components: where backbone is one ``.safetensors`` file, a folder in diffusers layout of the same kind of model:
+            its config files, tokenizers and scheduler are used, and its weights of networks that the file lacks.
         resolution: side of the pictures in pixels; what the backbone was made for when not given.
         widths: of the U-Net's levels; the backbone's own when not given.
+        flow: whether it learns to flow from noise to pictures (rectified flow, arXiv:2209.03003), and not what the
+            backbone predicts.
+        anew: whether the U-Net and the text encoder start from random weights, and not from the backbone's.
         learning_rate: of AdamW; a cosine takes it to 0.
         warmup_steps: in which it rises.
         steps: optimizer steps.
@@ -62,8 +76,11 @@ class Pretraining(Training):
         backbone: str = "embedded",
         revision: str | None = None,
         variant: str | None = None,
+        components: str | None = None,
         resolution: int | None = None,
         widths: list[int] | None = None,
+        flow: bool = False,
+        anew: bool = True,
         learning_rate: float = 6e-4,
         warmup_steps: int = 200,
         steps: int = 6000,
@@ -74,6 +91,8 @@ class Pretraining(Training):
     ) -> None:
         for width in widths or []:
             require("widths", width, 1)
+        if widths and not anew:
+            raise InputError("--model.widths are of new weights: leave out --model.anew false")
         require("learning_rate", learning_rate, above=0)
         require("warmup_steps", warmup_steps, 0)
         require("steps", steps, 1)
@@ -81,7 +100,7 @@ class Pretraining(Training):
         require("generic", generic, 0, 1)
         require("empty", empty, 0, 1 - generic)
         require("averaging", averaging, 0, below=1)
-        super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
+        super().__init__(source=Source(backbone, revision, variant, components=components), resolution=resolution)
         self.save_hyperparameters(logger=False)
         self.adaptation, self.steps = Full(), steps
         self.latents: Posterior | None = None
@@ -93,8 +112,25 @@ class Pretraining(Training):
             raise InputError("a base model is trained on one device or with --trainer.strategy ddp")
 
     def build(self) -> None:
-        """Loads the backbone and gives it a new U-Net and text encoder."""
+        """Loads the backbone and gives it a noise law, a U-Net and a text encoder of its own."""
         super().build()
+        if not isinstance(self.backbone, StableDiffusion):
+            raise InputError(f"only siblings of {StableDiffusion.family} are trained here: --model.backbone embedded")
+        if self.hparams.flow:
+            steps = len(self.backbone.noising)
+            self.backbone.reschedule(DPMSolverMultistepScheduler(num_train_timesteps=steps, **FLOW))
+        if self.hparams.anew:
+            self._renew()
+        self.backbone.to(self.place)
+        self.adaptation.prepare(self.backbone, train_text_encoder=True)
+        parts = nn.ModuleList([self.backbone.unet, self.backbone.text_encoder])
+        self.averaged = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(self.hparams.averaging))
+        self.averaged.requires_grad_(False)
+        self.note_untouched()
+        self.buffers_kept = tuple(f"averaged.{name}" for name in self.averaged.state_dict())
+
+    def _renew(self) -> None:
+        """Random weights."""
         config = dict(self.backbone.unet.config)
         if self.hparams.widths is not None:
             config["block_out_channels"] = tuple(self.hparams.widths)
@@ -105,13 +141,6 @@ class Pretraining(Training):
             except ValueError as error:
                 raise InputError(f"--model.widths {self.hparams.widths} make no U-Net: {error}") from error
             self.backbone.text_encoder = CLIPTextModel(self.backbone.text_encoder.config)
-        self.backbone.to(self.place)
-        self.adaptation.prepare(self.backbone, train_text_encoder=True)
-        parts = nn.ModuleList([self.backbone.unet, self.backbone.text_encoder])
-        self.averaged = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(self.hparams.averaging))
-        self.averaged.requires_grad_(False)
-        self.note_untouched()
-        self.buffers_kept = tuple(f"averaged.{name}" for name in self.averaged.state_dict())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a cosine."""
@@ -173,8 +202,10 @@ class Pretraining(Training):
         self.backbone.eval()
 
     def _weights(self, timesteps: Tensor) -> Tensor:
-        """min(SNR, gamma) / SNR, for a model that predicts noise; / (SNR + 1) for one that predicts v."""
+        """min(SNR, gamma) / SNR, for a model that predicts noise; / (SNR + 1) for one that predicts v; 1 for a flow."""
         noising = self.backbone.noising
+        if self.hparams.flow or flows(self.backbone.scheduler.config):
+            return noising.weight[timesteps]
         snr = (noising.signal[timesteps] / noising.spread[timesteps]).square()
         return snr.clamp(max=GAMMA) / (snr if self.backbone.scheduler.config.prediction_type == "epsilon" else snr + 1)
 

@@ -17,16 +17,19 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior
-from antidreambooth.diffusion.loading import family_of, load_backbone, read_defaults
+from antidreambooth.diffusion.class_images import BATCH
+from antidreambooth.diffusion.layout import read_defaults
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.sampling import Generation, blank, noise_of, sample
 from antidreambooth.diffusion.seeding import uniform
+from antidreambooth.diffusion.source import Precision, Source
 from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.faces import Dlib, FaceModel, reference
 from antidreambooth.evaluation.measures import face_measures
 from antidreambooth.finetuning.adaptation import Adaptation
 from antidreambooth.finetuning.augmentation import Augmentation
-from antidreambooth.finetuning.dreambooth import DreamBooth, dreambooth_loss, still_prompts
+from antidreambooth.finetuning.dreambooth import DreamBooth, dreambooth_loss, prompts_asked, still_prompts
 from antidreambooth.finetuning.full import Full
 from antidreambooth.photos.decoding import to_float
 from antidreambooth.photos.delivery import to_8bit
@@ -65,9 +68,14 @@ class Victim(Training):
     ``fit`` trains, ``test`` generates pictures of the person and measures how much of the person is in them.
 
     Args:
-        backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id.
+        backbone: base model: ``embedded``, a folder in diffusers layout, a hub id, or one file (``components``).
         revision: branch, tag or commit of a hub id.
         variant: variant of the weights' files, such as ``fp16``; computed in fp32 all the same.
+        components: where backbone is one ``.safetensors`` file, a folder in diffusers layout of the same kind of model:
+            its config files, tokenizers and scheduler are used, and its weights of networks that the file lacks.
+        frozen_weights: how weights of denoiser and text encoders are held that do not learn: ``bf16`` takes half the
+            memory (for --trainer.precision bf16-mixed, which rounds to it anyway), ``nf4`` an eighth of the denoiser's
+            (also on CUDA, with bitsandbytes, for a LoRA).
         resolution: side of the pictures in pixels; what the backbone was made for when not given.
         adaptation: what is trained: Full, LoRA or TextualInversion (Untrained for a test of the base model).
         training: how.
@@ -86,6 +94,8 @@ class Victim(Training):
         backbone: str = "embedded",
         revision: str | None = None,
         variant: str | None = None,
+        components: str | None = None,
+        frozen_weights: Precision = "fp32",
         resolution: int | None = None,
         adaptation: Adaptation | None = None,
         training: DreamBooth = DreamBooth(),  # noqa: B008 (frozen)
@@ -95,10 +105,11 @@ class Victim(Training):
         faces: FaceModel | None = None,
         stability: bool = False,
     ) -> None:
-        super().__init__(backbone=backbone, revision=revision, variant=variant, resolution=resolution)
+        source = Source(backbone, revision, variant, components=components, frozen_weights=frozen_weights)
+        super().__init__(source=source, resolution=resolution)
         self.adaptation = adaptation or Full()
         training = training.completed(read_defaults(self.source), self.adaptation.role)
-        self.adaptation.check(family_of(self.source), bool(training.train_text_encoder))
+        self.adaptation.require_learnable(self.source, training)
         prompt = self.adaptation.prompt(training.instance_prompt)
         self.training_settings = replace(training, instance_prompt=prompt)
         self.steps = self.training_settings.steps
@@ -127,6 +138,12 @@ class Victim(Training):
         self.classes = self.class_posterior(self.backbone, self.fingerprint, training.prior, MICRO_BATCH)
         self.adaptation.apply(self.backbone, training, self.seed)
         self.note_untouched()
+
+    def asks(self, backbone: Backbone, number: int) -> list[list[str]] | None:
+        """What a fit trains on and draws before; a test draws with text encoders that it reads later."""
+        if self.trainer.testing or self.adaptation.teaches_text(self.training_settings):
+            return None
+        return prompts_asked(self.training_settings, min(MICRO_BATCH, BATCH))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over what is trained, and a learning rate that follows the schedule step by step."""

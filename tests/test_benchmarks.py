@@ -20,7 +20,7 @@ from antidreambooth.attack.parametrisation import OwnSize
 from antidreambooth.diffusion.backbone import Conditioning
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.photos.regions import face_boxes
-from benchmarks import draws, first_gpu, gpu_speed, memory, own_size
+from benchmarks import draws, family_memory, first_gpu, gpu_speed, memory, own_size
 from benchmarks.aspl_speed import count, multiply, schedule, totals
 from benchmarks.counting import Counter, NoModules, cuda_autocast, fake, measured
 from benchmarks.host import waits
@@ -142,6 +142,30 @@ def test_the_table_says_which_card_is_large_enough(tmp_path):
     assert rows[1].cells().count("no") == 3
     assert text == (tmp_path / "memory.md").read_text()
     assert len((tmp_path / "memory.csv").read_text().splitlines()) == 3
+
+
+def test_a_base_model_needs_a_card_that_leaves_room():
+    assert family_memory.smallest(7 * memory.GIB) == "8 GB"
+    assert family_memory.smallest(7 * memory.GIB + 1) == "12 GB"
+    assert family_memory.smallest(80 * memory.GIB) == "none"
+
+
+@pytest.mark.slow
+def test_steps_of_a_base_model_are_counted(tmp_path):
+    """Against shared facts: 1.8 GiB of weights with the autoencoder in bf16, 0.2 of texts, 13 to train all of it."""
+    plain, again = (family_memory.count("SD 1.5", 512, which) for which in (False, True))
+    unet, vae, texts = counts(build(STABLE_DIFFUSION_15, "meta"))
+    assert plain.held == again.held
+    assert 2 * unet + 4 * vae < plain.held < 2.01 * unet + 4 * vae
+    assert 2 * texts < plain.texts < 3 * texts  # embeddings are fp32
+    assert plain.full == 16 * unet
+    for number in range(2):
+        assert again.held < again.peaks[number] < plain.peaks[number]
+    assert 0 < plain.four_bits < 2 * unet
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family_memory, "count", lambda name, side, again: plain)
+        text = family_memory.report(tmp_path, ["SD 1.5"])
+    assert text.count("| SD 1.5 ") == len((tmp_path / "memory-families.csv").read_text().splitlines()) - 1 == 9
 
 
 def test_the_published_loop_keeps_three_models_and_looks_at_gradients_of_weights():

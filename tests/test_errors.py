@@ -27,10 +27,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import launch.jobs
 import launch.runs
 from antidreambooth.diffusion import class_images as class_images_module
-from antidreambooth.diffusion import loading
+from antidreambooth.diffusion import layout
 from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.defaults import Defaults
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.layout import resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.source import Source, download_command
 from antidreambooth.errors import InputError, causes, first_line
 from antidreambooth.files import write_atomically, write_json, writing
@@ -517,14 +518,14 @@ def test_a_bug_in_loading_keeps_its_traceback(small_model, monkeypatch, kind, bu
 
 @pytest.mark.parametrize("error", DEAD[:3], ids=lambda error: type(error).__name__)
 def test_what_the_hub_says_of_a_size_is_one_line(monkeypatch, error):
-    monkeypatch.setattr(loading, "hf_hub_download", raising(error))
+    monkeypatch.setattr(layout, "hf_hub_download", raising(error))
     with pytest.raises(InputError, match="check the name, the network"):
         resolution_of("owner/model")
 
 
 @bugs
 def test_a_bug_in_asking_the_hub_keeps_its_traceback(monkeypatch, bug):
-    monkeypatch.setattr(loading, "hf_hub_download", raising(bug))
+    monkeypatch.setattr(layout, "hf_hub_download", raising(bug))
     with pytest.raises(type(bug)):
         resolution_of("owner/model")
 
@@ -532,7 +533,7 @@ def test_a_bug_in_asking_the_hub_keeps_its_traceback(monkeypatch, bug):
 def test_a_cache_of_the_hub_that_is_full_is_no_dead_network(monkeypatch):
     error = OSError("There was an error when trying to load owner/model")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(loading, "hf_hub_download", raising(error))
+    monkeypatch.setattr(layout, "hf_hub_download", raising(error))
     with pytest.raises(InputError, match=r"the hub's cache cannot be written: No space left on device; .*HF_HOME$"):
         resolution_of("owner/model")
 
@@ -612,8 +613,9 @@ def test_the_download_brings_what_is_read_and_nothing_else(small_model, tmp_path
     )
 
 
-def test_the_manual_has_the_same_line():
-    text = " ".join((ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split())
+@pytest.mark.parametrize("page", ["cluster.md", "base-models.md"])
+def test_the_manual_has_the_same_line(page):
+    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
     assert download_command(Source("NAME")) in text
 
 

@@ -17,7 +17,7 @@ def test_describe_is_plain_and_complete():
         {"objective": Denoising(), "surrogate": DreamBooth(steps=5), "folder": Path("a"), "n": [1, None]}
     )
     assert json.loads(json.dumps(described)) == described
-    assert described["objective"] == {"class": "Denoising", "timesteps": {"class": "Uniform"}}
+    assert described["objective"] == {"class": "Denoising", "timesteps": None, "detached_target": False}
     assert described["surrogate"]["steps"] == 5
     assert described["surrogate"]["prior"]["images"] == 200
 

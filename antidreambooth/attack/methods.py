@@ -6,7 +6,7 @@ makes an ``Assembly`` of it, lets it adopt base models, and asks it for the surr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,13 +20,14 @@ from antidreambooth.attack.perturbation import PGD, alone
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded, Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.class_images import BATCH
 from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.execution import Execution
-from antidreambooth.diffusion.loading import family_of, read_defaults
+from antidreambooth.diffusion.layout import read_defaults
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.adaptation import Adaptation
-from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
+from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation, prompts_asked
 from antidreambooth.finetuning.full import Full
 from antidreambooth.finetuning.weights import Weights
 
@@ -145,8 +146,8 @@ class Assembly:
         """Whether the surrogates learn in every round."""
         return self.method.surrogate == "alternating"
 
-    def check(self, sources: Iterable[Source]) -> None:
-        """Refuses base models that cannot learn as the settings say, before any of them is loaded.
+    def require_learnable(self, sources: Sequence[Source]) -> None:
+        """Refuses base models that cannot learn as this method and its settings want, before they are loaded.
 
         Raises:
             InputError: one cannot.
@@ -154,7 +155,22 @@ class Assembly:
         adaptation = self.settings.adaptation
         for source in sources if self.learns else ():
             training = adaptation.surrogate_settings(self.settings.training, read_defaults(source))
-            adaptation.check(family_of(source), bool(training.train_text_encoder))
+            adaptation.require_learnable(source, training)
+
+    def asks(self, backbone: Backbone, prompt: str | None = None) -> list[list[str]] | None:
+        """The lists of prompts that a run will ask a base model's text encoders for; None where one of them learns.
+
+        Args:
+            backbone: the base model.
+            prompt: what it is asked for, if it does not learn; the settings' prompt when not given.
+        """
+        chosen = self.settings
+        if not self.learns:
+            return [[given(prompt, given(chosen.prompt, self._usual_prompt(backbone)))]]
+        training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)
+        if chosen.adaptation.teaches_text(training):
+            return None
+        return prompts_asked(training, min(chosen.micro_batch, BATCH))
 
     def adopt(
         self,

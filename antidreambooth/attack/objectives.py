@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,17 +48,28 @@ class Objective(ABC):
         """The objective of each image, from what ``encode`` made of it; differentiable in the posterior."""
 
 
+class Evaluation(NamedTuple):
+    """A denoising loss and what it is computed from."""
+
+    latents: Float[Tensor, "n c h w"]
+    noisy: Float[Tensor, "n c h w"]
+    prediction: Float[Tensor, "n c h w"]
+    loss: Float[Tensor, " n"]
+
+
 class Denoising(Objective):
     """The model's own loss L(x; w, c) (arXiv:2303.15433, Section 4): what DreamBooth makes smaller.
 
-    For v-prediction the gradient also flows through the latents inside the target, as published.
+    The target of v-prediction and of a flow holds the latents, and the gradient goes through it, as published. There
+    the loss can be raised by nothing but larger latents; ``detached_target`` closes that way.
 
     Args:
         timesteps: how t is drawn; as the base model's fine-tuning draws it when not given.
+        detached_target: whether no gradient goes through the target. It makes no difference where noise is predicted.
     """
 
-    def __init__(self, timesteps: TimestepSampler | None = None) -> None:
-        self.timesteps = timesteps
+    def __init__(self, timesteps: TimestepSampler | None = None, detached_target: bool = False) -> None:
+        self.timesteps, self.detached_target = timesteps, detached_target
 
     def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
         """The timestep, the noise and the posterior's noise of each image."""
@@ -73,8 +84,16 @@ class Denoising(Objective):
         draw: Draw,
     ) -> Float[Tensor, " n"]:
         """The denoising loss of each image."""
+        return self.evaluate(backbone, posterior, embedding, draw).loss
+
+    def evaluate(self, backbone: Backbone, posterior: Posterior, embedding: Conditioning, draw: Draw) -> Evaluation:
+        """The denoising loss of each image, with what it is computed from."""
         latents = posterior.sample(draw.posterior_noise)
-        return backbone.denoising_loss(latents, draw.timesteps, draw.noise, embedding.expanded(len(latents)))
+        noisy = backbone.noising.add_noise(latents, draw.timesteps, draw.noise)
+        prediction = backbone.predict(noisy, draw.timesteps, embedding.expanded(len(latents)))
+        aim = latents.detach() if self.detached_target else latents
+        loss = backbone.distance(prediction, aim, draw.timesteps, draw.noise)
+        return Evaluation(latents, noisy, prediction, loss)
 
 
 class Targeted(Denoising):
@@ -87,10 +106,13 @@ class Targeted(Denoising):
     Args:
         target: a picture's file, or one of our patterns: checkerboard, rings, stripes.
         timesteps: how t is drawn; as the base model's fine-tuning draws it when not given.
+        detached_target: see ``Denoising``.
     """
 
-    def __init__(self, target: str = "checkerboard", timesteps: TimestepSampler | None = None) -> None:
-        super().__init__(timesteps)
+    def __init__(
+        self, target: str = "checkerboard", timesteps: TimestepSampler | None = None, detached_target: bool = False
+    ) -> None:
+        super().__init__(timesteps, detached_target)
         require_target(target)
         self.target = target
         self._latents: WeakKeyDictionary[Backbone, Tensor] | None = None
@@ -116,10 +138,7 @@ class Targeted(Denoising):
         draw: Draw,
     ) -> Float[Tensor, " n"]:
         """The denoising loss of each image less its distance from the target after one reverse step."""
-        latents = posterior.sample(draw.posterior_noise)
-        noisy = backbone.noising.add_noise(latents, draw.timesteps, draw.noise)
-        prediction = backbone.predict(noisy, draw.timesteps, embedding.expanded(len(latents)))
-        loss = backbone.distance(prediction, latents, draw.timesteps, draw.noise)
+        latents, noisy, prediction, loss = self.evaluate(backbone, posterior, embedding, draw)
         target = self._goal(backbone, latents.shape[-1] * backbone.downscale, latents)
         goal = backbone.noising.add_noise(target.expand_as(latents), draw.timesteps - 1, draw.noise)
         return loss - squared_distance(backbone.noising.step_back(noisy, draw.timesteps, prediction), goal)

@@ -57,6 +57,14 @@ def random_change(size: tuple[int, int], side: int, budget: float, seed: int) ->
     return enlarged.round().to(torch.int16).permute(1, 2, 0)
 
 
+class Ascent(NamedTuple):
+    """Where the objective rises, and what it is like there."""
+
+    gradient: Float[Tensor, "n 3 h w"]  # of the objective's mean in the pixels
+    objective: Float[Tensor, ""]
+    latents: Float[Tensor, ""]  # root mean square: an objective that holds them may grow by nothing else
+
+
 def pixel_gradient(
     objective: Objective,
     backbone: Backbone,
@@ -64,7 +72,7 @@ def pixel_gradient(
     embedding: Conditioning,
     draws: Sequence[Draw],
     micro_batch: int,
-) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, ""]]:
+) -> Ascent:
     """Gradient of the objective's mean over images and draws with respect to the pixels, and that mean.
 
     The encoder is passed once each way, however many draws there are: their gradients are summed in the posterior's
@@ -74,6 +82,7 @@ def pixel_gradient(
     """
     gradients: list[Tensor] = []
     values: list[Tensor] = []
+    squares: list[Tensor] = []
     for start in range(0, len(images), micro_batch):
         rows = slice(start, start + micro_batch)
         pixels = images[rows].detach().requires_grad_()
@@ -86,7 +95,8 @@ def pixel_gradient(
             sums = [total + part for total, part in zip(sums, parts, strict=True)]
             values.append(value.detach())
         gradients += torch.autograd.grad(posterior, pixels, sums)
-    return torch.cat(gradients), torch.stack(values).sum()
+        squares.append(posterior.mean.detach().square().flatten(1).mean(dim=1))
+    return Ascent(torch.cat(gradients), torch.stack(values).sum(), torch.cat(squares).mean().sqrt())
 
 
 class Moved(NamedTuple):
@@ -95,6 +105,7 @@ class Moved(NamedTuple):
     state: Tensor  # of the canvas, within the budget
     objective: Float[Tensor, ""]  # its mean over the steps
     slope: Float[Tensor, ""]  # mean absolute gradient over the steps; the sign of a gradient hides NaN
+    latents: Float[Tensor, ""]  # their root mean square over the steps
     memory: Tensor  # of the step rule
 
 
@@ -175,7 +186,7 @@ class PGD:
         size = self.effective_step_size * STEP
         backbone = surrogate.backbone
         memory = canvas.begin(self.rule) if memory is None or not self.rule.lasting else memory
-        total, slope = torch.zeros((2,), device=state.device, dtype=torch.float32)
+        total, slope, latents = torch.zeros((3,), device=state.device, dtype=torch.float32)
         # A recording rounds weights by itself: it reads those that stay where they are.
         rounded = nullcontext() if self.recorded else cast_once(backbone.denoiser, backbone.vae.encoder)
         with frozen(backbone), rounded:
@@ -184,13 +195,14 @@ class PGD:
                 looks = canvas.looks(turn, turn.number * self.steps + number)
                 images = canvas.images(state, looks)
                 draws = [self.objective.draw(backbone, images, generator) for _ in range(self.draws)]
-                gradient, value = self._gradient(backbone, images, embedding, draws)
-                gradient = self.reduce(canvas.gradient(gradient, looks))
+                ascent = self._gradient(backbone, images, embedding, draws)
+                gradient = self.reduce(canvas.gradient(ascent.gradient, looks))
                 direction, memory = canvas.direction(self.rule, gradient, memory)
                 step = size * self.rule.factor(turn.progress(number / self.steps))
                 state = self.project(canvas, state + step * direction)
-                total, slope = total + value, slope + gradient.abs().mean()
-        return Moved(state, total / self.steps, slope / self.steps, memory)
+                total, slope = total + ascent.objective, slope + gradient.abs().mean()
+                latents = latents + ascent.latents
+        return Moved(state, total / self.steps, slope / self.steps, latents / self.steps, memory)
 
     def _gradient(
         self,
@@ -198,7 +210,7 @@ class PGD:
         images: Float[Tensor, "n 3 h w"],
         embedding: Conditioning,
         draws: Sequence[Draw],
-    ) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, ""]]:
+    ) -> Ascent:
         """``pixel_gradient``, or its recording."""
         if not self.recorded:
             return pixel_gradient(self.objective, backbone, images, embedding, draws, self.micro_batch)
@@ -218,5 +230,4 @@ class PGD:
 
             self.recordings[backbone] = Recording(run)
         drawn = (part for draw in draws for part in draw.tensors)
-        gradient, value = self.recordings[backbone](images, *embedding, *drawn)
-        return gradient, value
+        return Ascent(*self.recordings[backbone](images, *embedding, *drawn))

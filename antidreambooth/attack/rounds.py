@@ -32,6 +32,7 @@ class Outcome(NamedTuple):
     objective: Float[Tensor, ""]
     cloaked_loss: Float[Tensor, ""]
     slope: Float[Tensor, ""]  # mean absolute gradient of the objective in the pixels
+    latents: Float[Tensor, ""]  # root mean square of the photos' latents
     weights: Float[Tensor, ""]  # norm of the weights that learn, 0 where none do
     memory: Sequence[Tensor] = ()  # of the step rule, for each surrogate
 
@@ -41,9 +42,9 @@ class Outcome(NamedTuple):
         return self.clean_loss, self.objective, self.cloaked_loss
 
     @property
-    def vital_signs(self) -> Float[Tensor, 5]:
+    def vital_signs(self) -> Float[Tensor, 6]:
         """What ``require_vital`` looks at, in one tensor, so that one copy from the device tells."""
-        return torch.stack([*self.losses, self.slope, self.weights])
+        return torch.stack([*self.losses, self.slope, self.latents, self.weights])
 
 
 def require_vital(signs: Sequence[float], turn: Turn) -> None:
@@ -61,6 +62,7 @@ def require_vital(signs: Sequence[float], turn: Turn) -> None:
         "the attack's objective",
         "the surrogate's loss on cloaked photos",
         "the gradient in the pixels",
+        "the photos' latents",
         "a weight of the surrogate",
     )
     where = f"in round {turn.number + 1} of {turn.rounds}"
@@ -118,6 +120,7 @@ def alternate(
         objective=torch.stack([one.objective for one in moved]).mean(),
         cloaked_loss=torch.stack(cloaked_losses).mean(),
         slope=torch.stack([one.slope for one in moved]).mean(),
+        latents=torch.stack([one.latents for one in moved]).mean(),
         weights=torch.stack([surrogate.weight_norm().to(state.device) for surrogate in surrogates]).mean(),
         memory=[one.memory for one in moved],
     )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from antidreambooth.diffusion.configs import Configs, Pair, whole_number
 from antidreambooth.diffusion.defaults import Defaults
-from antidreambooth.diffusion.densities import TimestepSampler, Uniform
+from antidreambooth.diffusion.family import Family
 from antidreambooth.diffusion.noising import Noising
 from antidreambooth.diffusion.precision import borrowing, made_on_cpu, precise
 
@@ -52,7 +51,7 @@ class Conditioning(tuple[Tensor, ...]):
         return Conditioning(part.expand(count, *part.shape[1:]) for part in self)
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(nn.Module, Family):
     """A latent diffusion model (arXiv:2112.10752): what every family of base models can do, and what they share.
 
     The components are attributes under the names that the family's official pipeline has for them. What learns is held
@@ -62,24 +61,6 @@ class Backbone(nn.Module, ABC):
         defaults: what this model wants where the user says nothing; the family's when not given.
         parts: the components.
     """
-
-    family: ClassVar[str]  # in words
-    official: ClassVar[Any]  # the pipeline of diffusers in which results load
-    networks: ClassVar[Mapping[str, Any]]  # components with weights, and their classes
-    tokenizers: ClassVar[Mapping[str, Any]]
-    published: ClassVar[Defaults]
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    text_lora: ClassVar[tuple[str, ...]] = ()  # text encoders that may learn
-    # Text encoders that learn a new word, and the names of its vectors in the official file; "" for the word itself.
-    inverted: ClassVar[Mapping[str, str]] = {}
-    density: ClassVar[TimestepSampler] = Uniform()
-    scheduler_kind: ClassVar[Any] = None  # what the scheduler's config is read into; the class that it names if None
-    schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)  # names of schedulers it may have
-    arguments: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # of the pipeline, for the parts of a Conditioning
-    guidance: ClassVar[tuple[str, float]] = ("guidance_scale", 1.0)  # of the pipeline, with its value for none
-    options: ClassVar[Mapping[str, Any]] = {}  # of every call of the pipeline
-    left_out: ClassVar[Mapping[str, Any]] = {}  # arguments of the pipeline's constructor that are always these
-    switches: ClassVar[Mapping[str, Any]] = {}  # and those that a model's folder sets, with their usual values
 
     scheduler: Any  # these and some of the others each family has
     vae: Any
@@ -93,61 +74,12 @@ class Backbone(nn.Module, ABC):
         for name, part in {**self.switches, **parts}.items():
             setattr(self, name, part)
         self.defaults = defaults or self.published
-        with made_on_cpu():
-            self.noising = self.law(dict(self.scheduler.config))
+        self.reschedule(self.scheduler)
         self.decoder_rests, self.encodes_twice = False, False
-        self.remembered: dict[tuple[str, ...], Conditioning] = {}  # prompts, once the text encoders rest
+        self.text_rests, self.text_present = False, True  # see rest_text_encoders
+        self.remembered: dict[Hashable, Conditioning] = {}  # what the text encoders have said, once they rest
         self.requires_grad_(False)
         self.eval()
-
-    # What a family says of its config files, before anything is loaded.
-
-    @classmethod
-    def misfit(cls, configs: Configs, defaults: Defaults) -> str:
-        """What is wrong with a model of this family that its config files show, in words; nothing where it can work.
-
-        Args:
-            configs: of the components, completed by what holds where a file says nothing.
-            defaults: what the model wants where the user says nothing.
-        """
-        if (found := configs["scheduler"].get("_class_name")) not in cls.schedulers:
-            return f"is no plain {cls.family}: its scheduler/ is of the kind {found}, not {' or '.join(cls.schedulers)}"
-        for left, found, right, wanted in cls.fits(configs):
-            if found != wanted:
-                return f"has a {left} of {found} and a {right} of {wanted}: they do not fit"
-        return ""
-
-    @classmethod
-    def fits(cls, configs: Configs) -> Iterable[Pair]:
-        """Numbers in two config files that have to be the same."""
-        return ()
-
-    @classmethod
-    def step(cls, configs: Configs) -> int:
-        """A picture's side is a multiple of so many pixels."""
-        return 2 * cls.shrinkage(configs)
-
-    @classmethod
-    def smallest(cls, configs: Configs) -> int:
-        """The smallest side of a picture in pixels."""
-        return cls.step(configs)
-
-    @classmethod
-    def shrinkage(cls, configs: Configs) -> int:
-        """Pixels of a picture per latent, along one side."""
-        return int(2 ** (len(configs["vae"]["block_out_channels"]) - 1))
-
-    @classmethod
-    def made_for(cls, configs: Configs) -> int | None:
-        """The side in pixels of the pictures that the denoiser was made for, where its config says so."""
-        size = configs[cls.denoiser_name()].get("sample_size")
-        first, *others = size if isinstance(size, list | tuple) and size else [size]
-        return first * cls.shrinkage(configs) if whole_number(first) and {*others} <= {first} else None
-
-    @classmethod
-    def denoiser_name(cls) -> str:
-        """The component that is the denoiser."""
-        return "unet" if "unet" in cls.networks else "transformer"
 
     # What a family does in its own way.
 
@@ -220,6 +152,12 @@ class Backbone(nn.Module, ABC):
 
     # What all share.
 
+    def reschedule(self, scheduler: Any) -> None:
+        """Takes a scheduler, and with it the noise law."""
+        self.scheduler = scheduler
+        with made_on_cpu():
+            self.noising = self.law(dict(scheduler.config))
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
@@ -271,14 +209,22 @@ class Backbone(nn.Module, ABC):
 
     def embed(self, prompts: list[str]) -> Conditioning:
         """Prompts to what the denoiser is told about them."""
-        if not self.remembered:
-            return self.encode_text(prompts)
-        if (known := tuple(prompts)) not in self.remembered:
-            with ExitStack() as present:
-                for encoder in self.text_encoders.values():
-                    present.enter_context(borrowing(encoder, self.device))
-                self.remembered[known] = self.encode_text(prompts)
-        return self.remembered[known]
+        return self.told(tuple(prompts), lambda: self.encode_text(prompts))
+
+    def told(self, asked: Hashable, encode: Callable[[], Conditioning]) -> Conditioning:
+        """What the text encoders say; once they rest what they have said before or, asked anew, say now.
+
+        Args:
+            asked: tells what is the same.
+            encode: asks them.
+        """
+        if not self.text_rests:
+            return encode()
+        if asked not in self.remembered:
+            # What a test asks for may be trained on later.
+            with self._text_encoders_present(), torch.inference_mode(False), torch.no_grad():
+                self.remembered[asked] = encode()
+        return self.remembered[asked]
 
     def predict(
         self, noisy: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], conditioning: Conditioning
@@ -306,16 +252,54 @@ class Backbone(nn.Module, ABC):
         self.decoder_rests = True
         self.vae.decoder.to("cpu")
 
-    def pipeline(self, scheduler: Any = None) -> Any:
+    def rest_text_encoders(self, device: torch.device, prompts: Iterable[Sequence[str]]) -> None:
+        """Keeps the text encoders in main memory from now on, where ``to`` does not find them.
+
+        They are on the device while it embeds these prompts, and whenever another one is asked for. Call it before the
+        other networks are moved there: large text encoders need the room. They must not learn.
+
+        Args:
+            device: where the model will be.
+            prompts: lists of prompts as they will be asked for; also what guidance leads away from, for as many.
+        """
+        self.noising.to(device)
+        for name, encoder in self.text_encoders.items():
+            del self._modules[name]
+            self.__dict__[name] = encoder.to("cpu")  # an attribute still, but no submodule any more
+        self.text_rests, self.text_present = True, False
+        with self._text_encoders_present():
+            for asked in prompts:
+                self.embed(list(asked))
+                if self.guides(self.defaults.guidance_scale):
+                    self.negative(len(asked))
+
+    @contextmanager
+    def _text_encoders_present(self) -> Iterator[None]:
+        if self.text_present:
+            yield
+            return
+        with ExitStack() as present:
+            for encoder in self.text_encoders.values():
+                present.enter_context(borrowing(encoder, self.device))
+            self.text_present = True
+            try:
+                yield
+            finally:
+                self.text_present = False
+
+    def pipeline(self, scheduler: Any = None, texts: bool = True) -> Any:
         """The family's official pipeline around these very modules, without a progress bar.
 
         Args:
             scheduler: of the pipeline; the sampler when not given.
+            texts: whether with tokenizers and text encoders.
         """
         if scheduler is None:
             with made_on_cpu():
                 scheduler = self.sampler()
         parts = {name: getattr(self, name) for name in (*self.networks, *self.tokenizers, *self.switches)}
+        if not texts:
+            parts |= dict.fromkeys([*self.text_encoders, *self.tokenizers])
         pipeline = self.official(**parts, scheduler=scheduler, **self.left_out)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -338,7 +322,7 @@ class Backbone(nn.Module, ABC):
             guidance_scale: classifier-free guidance, in the family's own scale.
         """
         height, width = (side * self.pixels_said for side in noise.shape[-2:])
-        latents = self.pipeline()(
+        latents = self.pipeline(texts=False)(
             **self.given(told),
             **(self.given(against, "negative_") if against else {}),
             **{self.guidance[0]: guidance_scale},
@@ -394,7 +378,9 @@ class Backbone(nn.Module, ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights and the noise schedule: which model this is, whatever its folder is called."""
-        return sha256({**self.state_dict(), **self.noising.identity})
+        resting = self.text_encoders if self.text_rests else {}
+        texts = {f"{name}.{key}": value for name, part in resting.items() for key, value in part.state_dict().items()}
+        return sha256({**self.state_dict(), **texts, **self.noising.identity})
 
     def learned_fingerprint(self) -> str:
         """The same over the weights that learn: whether they have learned anything."""

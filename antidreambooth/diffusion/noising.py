@@ -68,6 +68,8 @@ class Noising(nn.Module):
             config: of the scheduler.
             power: the loss counts s^power.
         """
+        if "flow_shift" in config:  # a DPM solver's name of the shift, which Euler's scheduler would ignore
+            config = {"num_train_timesteps": config["num_train_timesteps"], "shift": config["flow_shift"]}
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))  # a fresh one: sampling overwrites sigmas
         spread, times = scheduler.sigmas.flip(0), scheduler.timesteps.flip(0)
         one, before = torch.ones_like(spread), torch.cat([torch.zeros_like(spread[:1]), spread[:-1]])

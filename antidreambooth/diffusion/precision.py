@@ -78,6 +78,48 @@ def cast_once(*networks: nn.Module) -> Iterator[None]:
             module._parameters[name] = weight
 
 
+def held_in_bf16(network: nn.Module) -> None:
+    """Holds the weights of a network in bf16 that autocast rounds to it, and everything else in fp32, in place.
+
+    So a pass under autocast gives the same as with all of these values in fp32, to the bit. What is left in fp32
+    (norms, embeddings) is small. Weights of 4 bits stay as they are.
+    """
+    read_elsewhere = {  # such as an embedding's, which may be the last layer's weight, too
+        id(weight)
+        for module in network.modules()
+        if not isinstance(module, CAST)
+        for weight in module.parameters(recurse=False)
+    }
+    for weight in network.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(torch.float32 if id(weight) in read_elsewhere else torch.bfloat16)
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
+
+
+@contextmanager
+def taken_for_fp32(network: nn.Module) -> Iterator[None]:
+    """Inside, weights in bf16 say that they are fp32, and have no values.
+
+    A LoRA is made in the kind of the layer that it changes. Its random numbers are the same ones only in fp32.
+    """
+    swapped = [
+        (module, name, weight)
+        for module in network.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dtype == torch.bfloat16
+    ]
+    for module, name, weight in swapped:
+        empty = torch.zeros((), device=weight.device, dtype=torch.float32).expand(weight.shape)
+        module._parameters[name] = nn.Parameter(empty, requires_grad=weight.requires_grad)
+    try:
+        yield
+    finally:
+        for module, name, weight in swapped:
+            module._parameters[name] = weight
+
+
 def _frozen_weights(network: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """What ``cast_once`` rounds: module, name, weight."""
     return [
@@ -131,6 +173,11 @@ def computes_in_bf16(device: torch.device) -> bool:
         return False
     abilities = torch.cpu.get_capabilities()
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether what rests in main memory takes none of a device's."""
+    return device.type != "cpu"
 
 
 def usual_device() -> torch.device:

@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults, Role, given
+from antidreambooth.diffusion.layout import family_of
 from antidreambooth.diffusion.precision import made_on_cpu
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, first_line
 from antidreambooth.finetuning.dreambooth import DreamBooth, require_encoders
 
@@ -24,15 +26,7 @@ class Adaptation(ABC):
 
     role: ClassVar[Role]
     folder: ClassVar[str]
-
-    def check(self, family: type[Backbone], train_text_encoder: bool) -> None:
-        """Refuses a family of base models that cannot learn in this way; needs no model to be loaded.
-
-        Raises:
-            InputError: it cannot.
-        """
-        if train_text_encoder:
-            require_encoders(family)
+    whole: ClassVar[bool] = False  # whether the denoiser's own weights learn
 
     @abstractmethod
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
@@ -54,11 +48,35 @@ class Adaptation(ABC):
         """The prompt as the trained model knows it."""
         return text
 
+    def teaches_text(self, training: DreamBooth) -> bool:
+        """Whether something of a text encoder learns."""
+        return bool(training.train_text_encoder)
+
+    def require_learnable(self, source: Source, training: DreamBooth) -> None:
+        """Refuses a base model that cannot learn in this way, before it is loaded.
+
+        Args:
+            source: the base model.
+            training: how it shall learn, completed by the base model's own values.
+
+        Raises:
+            InputError: its weights are held in too little for this, or nobody trains text encoders of its family.
+        """
+        if self.whole and source.frozen_weights == "nf4":
+            raise InputError(
+                f"weights of 4 bits do not learn, and {type(self).__name__} trains them all: use LoRA, or "
+                "frozen_weights bf16"
+            )
+        if training.train_text_encoder:
+            require_encoders(family_of(source))
+
     def apply(self, backbone: Backbone, training: DreamBooth, seed: int) -> None:
         """Makes an untouched backbone ready to learn, on the device where it is."""
         with torch.random.fork_rng(devices=[]), made_on_cpu():
             torch.manual_seed(seed)  # a LoRA starts from random numbers
             self.prepare(backbone, bool(training.train_text_encoder))
+        for weight in backbone.learned():  # frozen weights may be held in less
+            weight.data = weight.data.float()
         backbone.to(backbone.device)
         backbone.checkpoint(training.gradient_checkpointing)
 

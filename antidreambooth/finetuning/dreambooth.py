@@ -101,6 +101,20 @@ def still_prompts(backbone: Backbone, training: DreamBooth, prior: bool) -> Cond
     return embed_prompts(backbone, training, prior)
 
 
+def prompts_asked(training: DreamBooth, drawn: int) -> list[list[str]]:
+    """The lists of prompts that a training asks the text encoders for.
+
+    Args:
+        training: completed by the base model's own values.
+        drawn: class images that are drawn at a time.
+    """
+    instance, usual = training.instance_prompt, training.prior.class_prompt
+    if not training.prior.weight:
+        return [[instance]]
+    assert usual is not None
+    return [[instance], [instance, usual], [usual] * drawn]
+
+
 def dreambooth_loss(
     backbone: Backbone,
     training: DreamBooth,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from antidreambooth.diffusion.backbone import Backbone
-from antidreambooth.diffusion.loading import load_backbone, quiet
+from antidreambooth.diffusion.libraries import quiet
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.finetuning.adaptation import Adaptation, explained
 from antidreambooth.finetuning.dreambooth import learning_encoders
 
@@ -18,6 +19,7 @@ class Full(Adaptation):
 
     role = "full"
     folder = "model"
+    whole = True
 
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
         """Unfreezes the weights."""

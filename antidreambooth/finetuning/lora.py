@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.integrity import listed, unusable
-from antidreambooth.diffusion.loading import quiet
+from antidreambooth.diffusion.libraries import quiet
+from antidreambooth.diffusion.precision import taken_for_fp32
 from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.adaptation import Adaptation, explained
 from antidreambooth.finetuning.dreambooth import learning_encoders
@@ -61,7 +62,8 @@ class LoRA(Adaptation):
                 raise InputError(f"the {type(part).__name__} has no layers {', '.join(missing)} for a LoRA to change")
             alpha = self.rank if self.alpha is None else self.alpha
             try:
-                part.add_adapter(LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets))
+                with taken_for_fp32(part):
+                    part.add_adapter(LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets))
             except ValueError as error:  # transformers may ask for a newer peft than there is
                 raise InputError(f"the {type(part).__name__} takes no LoRA: {error}") from error
 

@@ -15,8 +15,11 @@ from torch.nn.utils import parametrize
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.integrity import unusable
+from antidreambooth.diffusion.layout import family_of
+from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.adaptation import Adaptation, explained
+from antidreambooth.finetuning.dreambooth import DreamBooth
 
 
 class TextualInversion(Adaptation):
@@ -42,18 +45,27 @@ class TextualInversion(Adaptation):
         """The token where the identifier stood."""
         return re.sub(rf"(?<!\w){re.escape(self.identifier)}(?!\w)", lambda _: self.token, text)
 
-    def check(self, family: type[Backbone], train_text_encoder: bool) -> None:
-        """Refuses a family whose official pipeline loads no new words, and a text encoder that learns besides."""
+    def teaches_text(self, training: DreamBooth) -> bool:
+        """Always: an embedding is part of it."""
+        return True
+
+    def require_learnable(self, source: Source, training: DreamBooth) -> None:
+        """Also refuses a family whose official pipeline loads no new words, and a text encoder that learns besides."""
+        self._check(family_of(source), bool(training.train_text_encoder))
+        super().require_learnable(source, training)
+
+    def _check(self, kind: type[Backbone], train_text_encoder: bool) -> None:
+        if not kind.inverted:
+            raise InputError(
+                f"textual inversion does not work with {kind.family}: use LoRA or Full (--model.adaptation), in the "
+                "config file, too"
+            )
         if train_text_encoder:
             raise InputError("textual inversion trains one embedding: leave out --model.training.train_text_encoder")
-        if not family.inverted:
-            raise InputError(
-                f"the official pipeline of {family.family} loads no textual inversion: use --model.adaptation LoRA"
-            )
 
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
         """Adds the token, and makes its row of each embedding table the only parameter that is trained."""
-        self.check(type(backbone), train_text_encoder)
+        self._check(type(backbone), train_text_encoder)
         for encoder, tokenizer, _ in self._places(backbone):
             ids = tokenizer.encode(self.initializer, add_special_tokens=False)
             if not ids:  # the mean of nothing is NaN

@@ -16,7 +16,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from antidreambooth.diffusion.loading import read_defaults
+from antidreambooth.diffusion.layout import read_defaults
 from antidreambooth.errors import InputError
 from antidreambooth.files import locked, to_json, write_atomically
 from launch.cost import attacked

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from antidreambooth.attack.perturbation import random_noise
 from antidreambooth.diffusion.backbone import Backbone
-from antidreambooth.diffusion.loading import load_backbone, read_defaults, resolution_of
+from antidreambooth.diffusion.layout import read_defaults, resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.sampling import Generation
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from antidreambooth.diffusion.loading import read_defaults
+from antidreambooth.diffusion.layout import read_defaults
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.brisque import BRISQUE_MISSING, brisque_available

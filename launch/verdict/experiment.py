@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from antidreambooth.diffusion.loading import resolution_of
+from antidreambooth.diffusion.layout import resolution_of
 from antidreambooth.diffusion.sampling import Generation
 from antidreambooth.diffusion.seeding import require_seed
 from antidreambooth.diffusion.source import Source
@@ -53,6 +53,7 @@ class Experiment:
         backbone: base model of protections and victims.
         revision: branch, tag or commit of it, if it is a hub id.
         variant: variant of its weights' files, such as ``fp16``.
+        components: where it is one ``.safetensors`` file, a folder in diffusers layout of the same kind of model.
         generation: which pictures each victim is asked for.
         launcher: where it runs.
         keep_models: whether each victim's and fixed surrogate's weights are kept.
@@ -74,6 +75,7 @@ class Experiment:
     backbone: str = "embedded"
     revision: str | None = None
     variant: str | None = None
+    components: str | None = None
     generation: Generation = field(default_factory=lambda: Generation(images=8))
     launcher: Launcher = field(default_factory=Launcher)
     keep_models: bool = False
@@ -90,7 +92,7 @@ class Experiment:
     @property
     def source(self) -> Source:
         """The base model."""
-        return Source(self.backbone, self.revision, self.variant)
+        return Source(self.backbone, self.revision, self.variant, self.components)
 
     @property
     def root(self) -> Path:

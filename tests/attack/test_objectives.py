@@ -12,6 +12,7 @@ from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.surrogates import Fixed
 from antidreambooth.attack.targets import PATTERNS, target_image
 from antidreambooth.attack.transforms import Crop, Flip
+from antidreambooth.diffusion.backbone import Posterior, squared_distance
 from antidreambooth.diffusion.densities import Uniform
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.loading import load_backbone
@@ -57,6 +58,30 @@ def test_targeted_is_the_loss_less_the_distance_from_the_noised_target(any_backb
             step = any_backbone.scheduler.step(out[i : i + 1], int(t), noisy[i : i + 1]).prev_sample
             noised = any_backbone.scheduler.add_noise(goal, draw.noise[i : i + 1], (t - 1)[None])
             torch.testing.assert_close(actual[i], loss[i] - (step - noised).square().mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_goes_through_a_detached_target(any_backbone):
+    """It is that of || u - constant ||^2; where noise is predicted, the target holds no latents to begin with."""
+    images, objective = to_float(random_images(2)), Denoising(detached_target=True)
+    embedding, draw = any_backbone.embed([PROMPT]), objective.draw(any_backbone, images, generator())
+    mean, std = any_backbone.encode_all(images, 2)
+
+    def slope(loss):
+        latents = mean.clone().requires_grad_()
+        (found,) = torch.autograd.grad(loss(Posterior(latents, std)).sum(), latents)
+        return found
+
+    def expected(posterior):
+        latents, t = posterior.sample(draw.posterior_noise), draw.timesteps
+        noisy = any_backbone.noising.add_noise(latents, t, draw.noise)
+        constant = any_backbone.noising.target(mean + std * draw.posterior_noise, t, draw.noise)
+        return squared_distance(any_backbone.predict(noisy, t, embedding.expanded(2)), constant)
+
+    detached = slope(lambda posterior: objective(any_backbone, posterior, embedding, draw))
+    torch.testing.assert_close(detached, slope(expected))
+    published = slope(lambda posterior: Denoising()(any_backbone, posterior, embedding, draw))
+    predicts_noise = any_backbone.scheduler.config.prediction_type == "epsilon"
+    assert torch.allclose(detached, published, rtol=1e-4) == predicts_noise
 
 
 def test_targeted_never_draws_the_level_that_has_none_before_it(backbone):

@@ -1,6 +1,7 @@
 """Every way through the engine, forward, on a GPU that is none: what mixes devices fails, what copies is counted."""
 
 import inspect
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from antidreambooth import cloak
-from antidreambooth.attack.methods import METHODS
+from antidreambooth.attack.methods import METHODS, Assembly
 from antidreambooth.diffusion import class_images as class_images_module
 from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.defaults import Defaults
@@ -104,8 +105,8 @@ def test_pictures_are_drawn_on_the_device(models):
     with fake_gpu() as traffic:
         pictures = sample(empty_on(backbone, CUDA), PROMPT, noise_of(backbone, 16, range(2), seed=0), steps=2)
     assert (pictures.device, pictures.dtype) == (CUDA, torch.uint8)
-    ours = {place: count for place, count in traffic.copies.items() if "(sample)" not in place}  # diffusers'
-    assert sum(ours.values()) == 3, ours  # the noise, and whether all is finite: twice
+    ours = {place: count for place, count in traffic.copies.items() if "(draw)" not in place}  # diffusers'
+    assert sum(ours.values()) == 5, ours  # the noise, the words of two prompts, and whether all is finite: twice
     assert {place.partition(" ")[2] for place in traffic.bytes_at} == {"(eight_bits)"}
 
 
@@ -191,6 +192,28 @@ def test_photos_are_cleaned_on_the_device_and_come_back(models, monkeypatch):
         assert (after.device, after.dtype) == (CPU, torch.uint8)
     assert set(seen) == {CUDA}
     assert {weight.device for weight in backbone.parameters()} == {CPU}
+
+
+@pytest.mark.parametrize("name", ["lora", "advdm", "no prior"])
+def test_text_encoders_rest_while_a_round_runs(models, name):
+    method, settings = ROUNDS[name]
+    still = replace(settings, training=replace(settings.training, train_text_encoder=False))
+    asked = Assembly(METHODS[method], still).asks(models[0])
+    assert asked is not None
+    with fake_gpu() as traffic, patch.dict(ROUNDS, {name: (method, still)}):
+        backbone = empty_on(models[0], CUDA)
+        backbone.rest_text_encoders(CUDA, asked)
+        encoder = backbone.text_encoder
+        assert {weight.device for weight in encoder.parameters()} == {CPU}
+        assert {tensor.device for tensor in (*backbone.parameters(), *backbone.buffers())} == {CUDA}  # as DDP wants it
+        prepared = ready(name, [backbone], CUDA, lend)
+        traffic.copies.clear()
+        prepared.round()
+        assert traffic.copies.total() == 0, traffic.copies
+        assert sample(backbone, "another one", torch.zeros(1, 4, 8, 8, device=CUDA), 2.0, 2).device == CUDA
+        assert {weight.device for weight in encoder.parameters()} == {CPU}
+        backbone.to(CUDA)
+        assert {weight.device for weight in encoder.parameters()} == {CPU}
 
 
 class Delivered(Exception):  # noqa: N818 (no error)

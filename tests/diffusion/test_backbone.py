@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from antidreambooth.diffusion.backbone import frozen
 from antidreambooth.diffusion.defaults import Recipe
-from antidreambooth.diffusion.loading import bytes_of_networks, load_backbone, read_defaults, resolution_of
+from antidreambooth.diffusion.layout import bytes_of_networks, read_defaults, resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import to_float
 from tests.conftest import random_images

@@ -19,10 +19,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from antidreambooth import cloak
 from antidreambooth.attack.methods import Settings
 from antidreambooth.attack.parametrisation import Square
-from antidreambooth.diffusion import loading
+from antidreambooth.diffusion import layout
 from antidreambooth.diffusion.families.stable_diffusion import StableDiffusion
 from antidreambooth.diffusion.integrity import not_finite
-from antidreambooth.diffusion.loading import load_backbone, resolution_of
+from antidreambooth.diffusion.layout import resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.sampling import noise_of, sample
 from antidreambooth.diffusion.source import Source, locate
 from antidreambooth.errors import InputError
@@ -361,7 +362,7 @@ def test_all_of_an_ensemble_take_the_size(model, small_model):
 def test_a_single_file_says_how_to_convert_it(tmp_path, name):
     file = tmp_path / name
     file.write_bytes(b"a model")
-    with pytest.raises(InputError, match="single file") as raised:
+    with pytest.raises(InputError, match="is a pickle" if file.suffix == ".ckpt" else "single file") as raised:
         load_backbone(str(file))
     command = str(raised.value).partition("`")[2].partition("`")[0]
     python, option, code = shlex.split(command)
@@ -386,7 +387,7 @@ def test_a_file_is_never_looked_up_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / name).write_bytes(b"a model")
-    with pytest.raises(InputError, match=f"the backbone {name} is a (single )?file"):
+    with pytest.raises(InputError, match=f"the backbone {name} is a (single file|file|pickle)"):
         locate(Source(name))
 
 
@@ -515,7 +516,7 @@ def test_a_variant_can_be_named_wherever_a_base_model_can(
     record = manifest(tmp_path / "two")["settings"]["model"]
     assert record["ensemble_sha256"] == [sha]
     assert record["ensemble"]["backbones"] == [
-        {"class": "Source", "name": str(twofold), "revision": None, "variant": "good"}
+        {"class": "Source", "name": str(twofold), "revision": None, "variant": "good", "components": None}
     ]
     source = Source(str(twofold), variant="good")
     for method, ensemble in (("advdm", ()), ("e-aspl", [source])):
@@ -614,7 +615,7 @@ def hub(small_model, monkeypatch):
 
         monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
 
-    monkeypatch.setattr(loading, "hf_hub_download", small_file)
+    monkeypatch.setattr(layout, "hf_hub_download", small_file)
     for kind in (*NETWORKS.values(), CLIPTokenizer, DDPMScheduler):
         there(kind)
     return asked

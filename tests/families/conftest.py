@@ -27,4 +27,4 @@ def case(request, tmp_path_factory) -> Case:
 
 
 def same(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=atol)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=atol)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from torch import Tensor
 from antidreambooth.diffusion.backbone import Backbone, Conditioning
 from antidreambooth.diffusion.defaults import FILE
 from antidreambooth.diffusion.families import FAMILIES
-from antidreambooth.diffusion.loading import load_backbone, read_defaults, resolution_of
+from antidreambooth.diffusion.layout import read_defaults, resolution_of
+from antidreambooth.diffusion.loading import load_backbone
 from tests.families import oracle as official
 from tests.families.conftest import Case, same
 from tests.families.oracle import PROMPTS, STEPS, Drawing, Step
@@ -110,6 +113,20 @@ def test_predict_tells_the_times_of_rows(case, shared, told):
 
 
 @torch.no_grad()
+def test_denoising_loss(case, shared, told):
+    """SD3's example has the network's output made latents before the loss is computed, all others compare targets."""
+    oracle, rows = case.oracle, torch.tensor([3, 4])  # of the oracle's
+    t, clean, noise = oracle.rows[rows], oracle.clean[rows], oracle.noise[rows]
+    predicted = shared.predict(oracle.noisy[rows], t, told)
+    if case.name == "sd3":
+        sigma = oracle.times[rows].view(-1, 1, 1, 1) / 1000
+        expected = (oracle.noisy[rows] - sigma * predicted - clean).square().mean(dim=(1, 2, 3))
+    else:
+        expected = (predicted - oracle.target[rows]).square().mean(dim=(1, 2, 3))
+    same(shared.denoising_loss(clean, t, noise, told), expected)
+
+
+@torch.no_grad()
 def test_decode(case, shared):
     same(shared.decode(case.oracle.drawing.latents) / 2 + 0.5, case.oracle.drawing.pictures)
 
@@ -132,6 +149,15 @@ def test_prompts_of_two_lengths_in_a_batch_equal_each_alone(case, shared, told):
         same(alone, together[i : i + 1])
     swapped = shared.predict(start, rows, shared.embed([*reversed(PROMPTS)]))
     assert not torch.allclose(swapped, together, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_prompt_for_several_images_is_the_same_as_several_prompts(case, shared, told):
+    start, rows = case.oracle.start.repeat(2, 1, 1, 1), torch.tensor([250, 800, 250, 800])
+    twice = shared.predict(start, rows, told.repeated(2))
+    same(twice, shared.predict(start, rows, shared.embed([prompt for prompt in PROMPTS for _ in range(2)])))
+    spread = shared.predict(start, rows, shared.embed([PROMPTS[0]]).expanded(4))
+    same(spread[:2], twice[:2])
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +189,29 @@ def test_gradient_to_the_pixels_equals_a_finite_difference(case, precise):
     torch.testing.assert_close((up - down) / 2e-4, (found * way).sum(), rtol=1e-3, atol=0)
 
 
-def test_checkpointing_changes_no_gradient(case, shared, told):
-    expected, backbone = gradient(shared, case, told), loaded(case)
-    backbone.checkpoint(True)
-    same(gradient(backbone, case, told), expected, atol=1e-6)
+def test_checkpointing_computes_again_and_changes_no_gradient(case, shared, told):
+    backbone = loaded(case)
+    with counted(backbone.denoiser) as denoised, counted(backbone.vae) as encoded:
+        expected = gradient(backbone, case, told)
+        once = len(denoised), len(encoded)
+        backbone.checkpoint(True)
+        same(gradient(backbone, case, told), expected, atol=1e-6)
+    assert len(denoised) > 2 * once[0]
+    assert len(encoded) > 2 * once[1]
+
+
+@contextmanager
+def counted(network: Any) -> Iterator[list[str]]:
+    """The name of a layer each time that one computes something inside."""
+    calls: list[str] = []
+    handles = [
+        layer.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, layer in network.named_modules()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_fingerprint_tells_models_apart(case, shared, tmp_path):

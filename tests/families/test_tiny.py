@@ -1,11 +1,11 @@
 """The tiny models and their oracle, by themselves."""
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from tests.families.conftest import same
-from tests.families.oracle import load
+from tests.families.oracle import flow_of, is_diffusion, load
 from tests.families.tiny import TINY, build
 
 UNMOVED = ("flux-schnell",)  # by guidance
@@ -36,11 +36,11 @@ def test_the_oracle_comes_back_to_clean_latents(case):
     """With the true target the official schedulers find the latents again, so rows and noise belong together."""
     oracle, config = case.oracle, dict(load(case.folder).scheduler.config)
     for i, row in enumerate(oracle.rows.tolist()):
-        if "beta_schedule" in config:
+        if is_diffusion(config):
             scheduler = DDPMScheduler.from_config(config, clip_sample=False)
             clean = scheduler.step(oracle.target[i], row, oracle.noisy[i]).pred_original_sample
         else:
-            scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+            scheduler = flow_of(config)
             place = len(scheduler.timesteps) - 1 - row
             scheduler.set_begin_index(place)
             scheduler.sigmas[place + 1 :] = 0  # the next step is Euler's to the end
@@ -59,3 +59,11 @@ def test_the_oracle_draws_pictures_of_the_prompts(case):
     one, other = case.oracle.told["prompt_embeds"]  # Z-Image's have lengths of their own
     both = min(len(one), len(other))
     assert not torch.allclose(one[:both], other[:both], atol=1e-3)
+
+
+def test_sanas_solver_has_the_law_that_its_shift_says():
+    """The solver of 999 steps stops at every row but the noisiest."""
+    solver = build("sana").scheduler
+    solver.set_timesteps(999)
+    sigmas = flow_of(solver.config).sigmas[1:-1]
+    same(solver.sigmas[: len(sigmas)], sigmas)

@@ -164,7 +164,7 @@ def numbered(pieces: list[str]) -> dict[str, int]:
 
 
 def autoencoder(channels: int, kind: Any = AutoencoderKL, **constants: Any) -> Any:
-    """Four pixels a latent, along a side."""
+    """Four pixels a latent, along a side; published ones have eight, which no code should take for granted."""
     return kind(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,

@@ -102,6 +102,32 @@ def test_weights_are_min_snr_as_diffusers_training_writes_it(small_model, small_
     torch.testing.assert_close(module._weights(timesteps), wanted)
 
 
+def test_a_sibling_may_flow(fit, small_model, tmp_path):
+    """It is a backbone that predicts noise less latents, and draws what the plain pipeline draws."""
+    main(fit("--model.flow=true"))
+    folder = tmp_path / "out" / "model"
+    sibling = load_backbone(str(folder))
+    noise, latents = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([0, 500, 999])
+    assert torch.equal(sibling.noising.target(latents, rows, noise), noise - latents)
+    torch.testing.assert_close(sibling.noising.add_noise(latents, rows, noise)[-1], noise[-1])
+    told, against = sibling.embed(["a photo of a man"] * 3), sibling.negative(3)
+    with torch.no_grad():
+        drawn = sibling.draw(noise, told, against, steps=3, guidance_scale=2.5)
+    plain = StableDiffusionPipeline.from_pretrained(folder)
+    expected = plain(["a photo of a man"] * 3, latents=noise, num_inference_steps=3, guidance_scale=2.5,
+                     height=64, width=64, output_type="latent").images  # fmt: skip
+    torch.testing.assert_close(drawn, expected)
+
+
+def test_a_sibling_may_start_from_the_models_own_weights(fit, small_model, tmp_path):
+    args = [flag for flag in fit("--model.anew=false", "--model.learning_rate=1e-9") if "widths" not in flag]
+    main(args)
+    first, sibling = load_backbone(str(small_model)), load_backbone(str(tmp_path / "out" / "model"))
+    for name, value in first.unet.state_dict().items():
+        torch.testing.assert_close(sibling.unet.state_dict()[name], value, rtol=0, atol=1e-6)
+
+
 def test_latents_of_other_pictures_are_not_used(fit, pictures, tmp_path):
     main(fit("--model.warmup_steps=0", steps=1))
     before = (tmp_path / "out" / "latents.safetensors").read_bytes()
@@ -112,7 +138,11 @@ def test_latents_of_other_pictures_are_not_used(fit, pictures, tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "message"),
-    [("--model.resolution=32", "are 16 pixels wide, the model wants 32"), ("--model.widths=[16]", "make no U-Net")],
+    [
+        ("--model.resolution=32", "are 16 pixels wide, the model wants 32"),
+        ("--model.widths=[16]", "make no U-Net"),
+        ("--model.anew=false", "leave out --model.anew"),
+    ],
 )
 def test_what_does_not_fit_is_refused(fit, flag, message):
     with pytest.raises(SystemExit, match=message):

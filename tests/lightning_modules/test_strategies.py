@@ -76,7 +76,8 @@ class Several:
                 self.step(optimizer, step, self.training.steps, instances, classes)
 
     def attack(self, originals, cloaked):
-        embedding = self.backbone.embed([self.training.instance_prompt]).detach()
+        with torch.no_grad():
+            embedding = self.backbone.embed([self.training.instance_prompt])
         for _ in range(2):
             parts = []
             for generator in self.generators:

@@ -71,7 +71,7 @@ def test_the_others_are_let_through(tmp_path):
 def test_low_memory_learns_a_lora_and_goes_on(command, tmp_path, noted):
     """The layer's own model part, on a model small enough to run here."""
     layer = ROOT / "configs" / "trainer" / "low-memory.yaml"
-    flags = [f"--config={layer}", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+    flags = [f"--config={layer}", "--trainer.accelerator=cpu"]
     main(command(*flags, rounds=1, out="parts"))
     rounds = noted(Cloaking)
     main(command(*flags, "--ckpt_path=last", rounds=2, out="parts"))

@@ -18,7 +18,7 @@ from antidreambooth.diffusion.defaults import Defaults, Recipe
 from antidreambooth.diffusion.precision import precise
 
 PATCH = 2  # of the autoencoder's latents, along one side
-READ = 3  # layers of the text encoder that are read: a quarter, half and three quarters of the way up
+READ = 3  # layers of the text encoder that the pipeline reads
 
 
 class Flux2Klein(Backbone):
@@ -109,11 +109,7 @@ class Flux2Klein(Backbone):
 
     def encode_text(self, prompts: list[str]) -> Conditioning:
         """Three layers' hidden states side by side."""
-        layers = self.text_encoder.config.num_hidden_layers
-        read = tuple(part * layers // (READ + 1) for part in range(1, READ + 1))
-        sequence, _ = self.pipeline(self.scheduler).encode_prompt(
-            list(prompts), device=self.device, text_encoder_out_layers=read
-        )
+        sequence, _ = self.pipeline(self.scheduler).encode_prompt(list(prompts), device=self.device)
         return Conditioning((sequence,))
 
     def denoise(

@@ -57,10 +57,14 @@ class Lumina2(Backbone):
 
     def negative(self, count: int) -> Conditioning:
         """The empty prompt, before which the pipeline puts no system prompt."""
-        _, _, sequence, mask = self.pipeline(self.scheduler).encode_prompt(
-            [""] * count, do_classifier_free_guidance=True, device=self.device
-        )
-        return Conditioning((sequence, mask))
+
+        def encode() -> Conditioning:
+            _, _, sequence, mask = self.pipeline(self.scheduler).encode_prompt(
+                [""] * count, do_classifier_free_guidance=True, device=self.device
+            )
+            return Conditioning((sequence, mask))
+
+        return self.told(("negative", count), encode)
 
     def denoise(
         self, noisy: Float[Tensor, "n c h w"], times: Shaped[Tensor, " n"], conditioning: Conditioning

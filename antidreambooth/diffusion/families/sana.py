@@ -14,7 +14,6 @@ from transformers import Gemma2Model, GemmaTokenizer
 from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior
 from antidreambooth.diffusion.configs import Configs, Pair
 from antidreambooth.diffusion.defaults import Defaults, Recipe
-from antidreambooth.diffusion.noising import Noising
 from antidreambooth.diffusion.precision import precise
 
 
@@ -71,10 +70,6 @@ class Sana(Backbone):
     def downscale(self) -> int:
         """Pixels of an image per latent, along one side."""
         return int(2 ** (len(self.vae.config.encoder_block_out_channels) - 1))
-
-    def law(self, config: Mapping[str, Any]) -> Noising:
-        """The published DPM solver has another name for the shift, which an Euler scheduler would ignore."""
-        return Noising.flow({**config, "shift": config.get("flow_shift", config.get("shift"))})
 
     def to_latents(self, images: Float[Tensor, "n 3 h w"]) -> Posterior:
         """Latents without a spread."""

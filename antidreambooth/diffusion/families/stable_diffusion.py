@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -46,7 +53,6 @@ class StableDiffusion(Backbone):
     published = Defaults()
     text_lora = ("text_encoder",)
     inverted: ClassVar[Mapping[str, str]] = {"text_encoder": ""}
-    scheduler_kind = DDPMScheduler
     left_out: ClassVar[Mapping[str, Any]] = {
         "safety_checker": None,
         "feature_extractor": None,
@@ -83,9 +89,14 @@ class StableDiffusion(Backbone):
         """8, whatever the autoencoder: the pipeline wants multiples of it."""
         return 8
 
+    @classmethod
+    def scheduler_kind(cls, config: Mapping[str, Any]) -> Any:
+        """DDPM, whatever sampler the betas come with; of a flow the one solver that the pipeline takes."""
+        return DPMSolverMultistepScheduler if flows(config) else DDPMScheduler
+
     def law(self, config: Mapping[str, Any]) -> Noising:
-        """DDPM."""
-        return Noising.diffusion(config)
+        """DDPM, or a flow where the scheduler says so."""
+        return Noising.flow(config) if flows(config) else Noising.diffusion(config)
 
     def encode_text(self, prompts: list[str]) -> Conditioning:
         """The text encoder's last hidden states (n length width), padded or truncated to the tokenizer's length."""
@@ -108,13 +119,18 @@ class StableDiffusion(Backbone):
         predicted: Tensor = self.unet(noisy, times, *conditioning).sample
         return predicted
 
-    def sampler(self) -> DDIMScheduler:
-        """DDIM."""
-        return DDIMScheduler.from_config(self.scheduler.config)
+    def sampler(self) -> Any:
+        """DDIM, or a flow's own solver."""
+        return super().sampler() if flows(self.scheduler.config) else DDIMScheduler.from_config(self.scheduler.config)
 
-    def kept_scheduler(self) -> DDIMScheduler:
-        """DDIM, too."""
+    def kept_scheduler(self) -> Any:
+        """The sampler, too."""
         return self.sampler()
+
+
+def flows(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is of a flow: no published model of this family is, but one can be trained."""
+    return bool(config.get("use_flow_sigmas"))
 
 
 def _levels_misfit(configs: Configs) -> str:
@@ -162,6 +178,8 @@ def _text_misfit(configs: Configs) -> str:
 def schedule_misfit(config: Mapping[str, Any], defaults: Defaults) -> str:
     """What is wrong with a DDPM's noise schedule, in words; nothing where it can be used."""
     steps, prediction = config.get("num_train_timesteps", 1000), config.get("prediction_type", "epsilon")
+    if flows(config):
+        return "" if prediction == "flow_prediction" else f"is a flow that predicts {prediction}; flow_prediction works"
     if prediction not in ("epsilon", "v_prediction"):
         return f"predicts {prediction}; epsilon and v_prediction work"
     if config.get("beta_schedule") is None and config.get("trained_betas") is None:  # a flow's or EDM's
