@@ -96,6 +96,7 @@ class LoRA(Adaptation):
             state = found[0]  # of older pipelines the alphas follow
             if wrong := unusable(state):
                 raise InputError(f"{FILE} {wrong}")
+            _require_pairs(state)
             backbone.pipeline().load_lora_weights(folder, weight_name=FILE)
             _require_whole(backbone, state, metadata or {})
 
@@ -110,6 +111,19 @@ def _matching(network: nn.Module, targets: list[str]) -> list[str]:
     """The layers that peft changes for some targets."""
     names = [name for name, _ in network.named_modules()]
     return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
+
+
+def _peft_names(state: Mapping[str, Tensor]) -> set[str]:
+    """Names of a file's weights, as peft has them."""
+    return {OLD_NAMES.sub(lambda match: f".lora_{NEW_NAMES[match[1]]}.", name) for name in state}
+
+
+def _require_pairs(state: Mapping[str, Tensor]) -> None:
+    """Refuses a file with one matrix of an update alone, on which FLUX.1's loader ends with a KeyError."""
+    there = _peft_names(state)
+    layers = {name.rpartition(".lora_")[0] for name in there if name.endswith((".lora_A.weight", ".lora_B.weight"))}
+    if missing := sorted({f"{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"} - there):
+        raise InputError(f"{FILE} lacks {listed(missing)}")
 
 
 def _require_whole(backbone: Backbone, state: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
@@ -132,7 +146,7 @@ def _require_whole(backbone: Backbone, state: Mapping[str, Tensor], metadata: Ma
             wanted |= {f"{part}.{layer}.lora_{matrix}.weight" for layer in layers for matrix in NEW_NAMES.values()}
         elif part in asked:
             raise InputError(f"{FILE} lacks all weights of the {part}")
-    there = {OLD_NAMES.sub(lambda match: f".lora_{NEW_NAMES[match[1]]}.", name) for name in state}
+    there = _peft_names(state)
     if missing := sorted(wanted - there):
         raise InputError(f"{FILE} lacks {listed(missing)}")
     if left := sorted(there - wanted):
