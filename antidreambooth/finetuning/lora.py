@@ -136,8 +136,11 @@ def _require_whole(backbone: Backbone, state: Mapping[str, Tensor], metadata: Ma
     """
     asked = {name.partition(".")[0] for name in (*metadata, *state)}
     wanted: set[str] = set()
+    there = _peft_names(state)
     for part in (backbone.denoiser_name(), *backbone.text_encoders):
         network = getattr(backbone, part)
+        if not hasattr(network, "text_model"):  # one level more of CLIP, in transformers 4 and in other trainers' files
+            there = {re.sub(rf"^{part}\.text_model\.", f"{part}.", name) for name in there}
         if adapters := [*getattr(network, "peft_config", {})]:
             updates = get_peft_model_state_dict(network, adapter_name=adapters[-1], save_embedding_layers=False)
             wanted |= {f"{part}.{name}" for name in updates}
@@ -146,7 +149,6 @@ def _require_whole(backbone: Backbone, state: Mapping[str, Tensor], metadata: Ma
             wanted |= {f"{part}.{layer}.lora_{matrix}.weight" for layer in layers for matrix in NEW_NAMES.values()}
         elif part in asked:
             raise InputError(f"{FILE} lacks all weights of the {part}")
-    there = _peft_names(state)
     if missing := sorted(wanted - there):
         raise InputError(f"{FILE} lacks {listed(missing)}")
     if left := sorted(there - wanted):

@@ -146,7 +146,7 @@ def test_only_the_surrogate_and_the_photos_change(backbone):
 def test_the_text_encoder_can_stay_frozen(backbone):
     training = DreamBooth(
         learning_rate=1e-3, batch_size=1, train_text_encoder=False, prior=PriorPreservation(weight=0.0)
-    )
+    ).completed(Defaults())
     surrogate, originals = setup(backbone, training)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     alternate([surrogate], SquareCanvas(originals), originals, PGD(), Turn(0))
