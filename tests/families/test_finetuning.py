@@ -42,13 +42,7 @@ KINDS: dict[str, tuple[Adaptation, bool, tuple[str, ...]]] = {  # is the text en
     "full-text": (Full(), True, TEXT),
     "textual-inversion": (TextualInversion(), False, WORDS),
 }
-QUICK = ("sdxl", "flux")
 TABLE = [(name, kind) for name in TINY for kind, (_, _, names) in KINDS.items() if name in names]
-
-
-def marked(name: str, *more: str) -> Any:
-    """A row of a table, of which the quick tests run two families."""
-    return pytest.param((name, *more), id="-".join((name, *more)), marks=[] if name in QUICK else pytest.mark.slow)
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,7 @@ def learned_by(name: str, kind: str, model: Path, folder: Path) -> Learned:
     training = DreamBooth(train_text_encoder=text).completed(backbone.defaults, adaptation.role)
     adaptation.apply(backbone, training, seed=0)
     found = Learned(name, kind, model, folder, backbone, loss(backbone, list(map(adaptation.prompt, PROMPTS))).detach())
-    optimizer = AdamW(backbone.learned(), lr=1e-2)
+    optimizer = AdamW(backbone.learned(), lr=1e-3 if isinstance(adaptation, Full) else 1e-2)
     for _ in range(STEPS):
         loss(backbone, found.prompts).backward()
         optimizer.step()
@@ -108,13 +102,13 @@ def learned_by(name: str, kind: str, model: Path, folder: Path) -> Learned:
     return found
 
 
-@pytest.fixture(scope="module", params=[marked(*row) for row in TABLE])
+@pytest.fixture(scope="module", params=TABLE, ids="-".join)
 def learned(request, models, tmp_path_factory) -> Learned:
     name, kind = request.param
     return learned_by(name, kind, models(name), tmp_path_factory.mktemp("-".join(request.param)) / "result")
 
 
-@pytest.fixture(params=[marked(*row) for row in TABLE if row[1].startswith("lora")])
+@pytest.fixture(params=[row for row in TABLE if row[1].startswith("lora")], ids="-".join)
 def lora(request, models, tmp_path) -> Learned:
     """Of its own, to be damaged."""
     name, kind = request.param
@@ -168,7 +162,7 @@ def test_it_learns(learned):
 def test_the_official_pipeline_alone_has_the_trained_models_loss(learned):
     found = loss(around(learned.backbone, plain(learned)), learned.prompts)
     same(found, loss(learned.backbone, learned.prompts))
-    assert (found - learned.before).abs() > 1e-3 * learned.before
+    assert (found - learned.before).abs() > 1e-4 * learned.before  # ten times what is the same
 
 
 @torch.no_grad()
@@ -208,10 +202,11 @@ def test_a_full_result_is_a_model_of_the_same_family(learned):
     assert after == before
 
 
-@pytest.mark.parametrize("row", [marked("flux2-klein", "is_distilled"), marked("sdxl", "force_zeros_for_empty_prompt")])
-def test_what_a_folder_switches_stays_so(row, tmp_path):
-    family, switch = row
-    file = save(family, tmp_path / "model") / "model_index.json"
+@pytest.mark.parametrize(
+    ("name", "switch"), [("flux2-klein", "is_distilled"), ("sdxl", "force_zeros_for_empty_prompt")]
+)
+def test_what_a_folder_switches_stays_so(tmp_path, name, switch):
+    file = save(name, tmp_path / "model") / "model_index.json"
     index = json.loads(file.read_text())
     file.write_text(json.dumps({**index, switch: not index[switch]}))
     backbone = load_backbone(str(tmp_path / "model"))
@@ -223,7 +218,7 @@ def test_what_a_folder_switches_stays_so(row, tmp_path):
 
 @torch.no_grad()
 def test_an_empty_prompt_is_zeros_only_where_the_folder_says_so(models, tmp_path):
-    backbone = load_backbone(str(models("sdxl")))
+    backbone: Any = load_backbone(str(models("sdxl")))
     assert not any(part.any() for part in backbone.negative(2))
     backbone.force_zeros_for_empty_prompt = False
     pipe: Any = official.load(models("sdxl"))
@@ -250,7 +245,9 @@ def test_a_lora_that_lacks_a_weight_is_refused(lora):
 
 def test_a_lora_with_a_weight_too_many_is_refused(lora):
     part = lora.backbone.denoiser_name()
-    rewritten(lora.folder, lambda state: {**state, f"{part}.nowhere.lora_A.weight": torch.ones(2, 2)})
+    rewritten(
+        lora.folder, lambda state: {**state, **{f"{part}.nowhere.lora_{one}.weight": torch.ones(2, 2) for one in "AB"}}
+    )
     with pytest.raises(InputError, match=rf"no place for: {part}\.nowhere"):
         lora.adaptation.load(load_backbone(str(lora.model)), lora.folder)
 
@@ -278,8 +275,12 @@ def as_kohya(state: dict[str, Tensor], alpha: float, numbered: bool, first: str)
     """A LoRA in the names of the kohya-ss trainer."""
     found = {}
     for name, values in state.items():
-        path, matrix = re.fullmatch(r"(.*)\.(?:lora|lora_linear_layer)(?:\.|_)(A|B|up|down)\.weight", name).groups()
+        match = re.fullmatch(r"(.*)\.(?:lora|lora_linear_layer)(?:\.|_)(A|B|up|down)\.weight", name)
+        assert match
+        path, matrix = match.groups()
         part, _, layer = path.partition(".")
+        if part != "unet":  # as transformers 4 has it
+            layer = f"text_model.{layer.removeprefix('text_model.')}"
         layer = layer.replace(".", "_")
         if numbered:
             for ours, theirs in BLOCKS.items():
@@ -306,7 +307,7 @@ def test_a_lora_of_the_kohya_trainer_is_taken_up(models, tmp_path, name, numbere
 
 
 def test_a_word_learns_a_vector_in_each_text_encoder_that_the_file_has_a_place_for(models, tmp_path):
-    found = {name: learned_by(name, "textual-inversion", models(name), tmp_path / name) for name in QUICK}
+    found = {name: learned_by(name, "textual-inversion", models(name), tmp_path / name) for name in ("sdxl", "flux")}
     files = {name: load_file(one.folder / "learned_embeds.safetensors") for name, one in found.items()}
     assert {key: tuple(row.shape) for key, row in files["sdxl"].items()} == {"clip_l": (1, 8), "clip_g": (1, 16)}
     assert {key: tuple(row.shape) for key, row in files["flux"].items()} == {"<sks>": (8,)}
@@ -315,14 +316,14 @@ def test_a_word_learns_a_vector_in_each_text_encoder_that_the_file_has_a_place_f
     assert len(learning) == 2
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_a_word_that_is_another_or_only_half_there_is_refused(models, tmp_path, name):
     model, file = models(name), tmp_path / "learned_embeds.safetensors"
     learned_by(name, "textual-inversion", model, tmp_path)
     with pytest.raises(InputError, match="holds <sks>, not <ann>"):
         TextualInversion(token="<ann>").load(load_backbone(str(model)), tmp_path)
     one, *_ = load_file(file).items()
-    save_file(dict([one, ("more", one[1])] if name == "flux" else [one]), file)
+    save_file(dict([one, ("more", one[1].clone())] if name == "flux" else [one]), file)
     with pytest.raises(InputError, match=r"holds .*, not "):
         TextualInversion().load(load_backbone(str(model)), tmp_path)
 
