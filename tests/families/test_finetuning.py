@@ -45,6 +45,11 @@ KINDS: dict[str, tuple[Adaptation, bool, tuple[str, ...]]] = {  # is the text en
 TABLE = [(name, kind) for name in TINY for kind, (_, _, names) in KINDS.items() if name in names]
 
 
+def rows(kind: str) -> list[tuple[str, str]]:
+    """Those of the table whose adaptation's name starts so."""
+    return [row for row in TABLE if row[1].startswith(kind)]
+
+
 @dataclass(frozen=True)
 class Learned:
     """A tiny model that has learned.
@@ -108,7 +113,7 @@ def learned(request, models, tmp_path_factory) -> Learned:
     return learned_by(name, kind, models(name), tmp_path_factory.mktemp("-".join(request.param)) / "result")
 
 
-@pytest.fixture(params=[row for row in TABLE if row[1].startswith("lora")], ids="-".join)
+@pytest.fixture(params=rows("lora"), ids="-".join)
 def lora(request, models, tmp_path) -> Learned:
     """Of its own, to be damaged."""
     name, kind = request.param
@@ -182,9 +187,8 @@ def test_a_fresh_backbone_takes_it_up(learned):
     same(loss(fresh, learned.prompts), loss(learned.backbone, learned.prompts))
 
 
+@pytest.mark.parametrize("learned", rows("full"), indirect=True, ids="-".join)
 def test_a_full_result_is_a_model_of_the_same_family(learned):
-    if not isinstance(learned.adaptation, Full):
-        pytest.skip("of whole models")
     again = load_backbone(str(learned.folder))
     assert type(again) is type(learned.backbone)
     assert again.fingerprint() == learned.backbone.fingerprint()
@@ -253,9 +257,9 @@ def test_a_lora_with_a_weight_too_many_is_refused(lora):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("lora", [row for row in rows("lora") if row[1] == "lora"], indirect=True, ids="-".join)
 def test_a_lora_of_a_trainer_that_says_nothing_of_itself_is_taken_up(lora):
-    if lora.kind == "lora-text":
-        pytest.skip("its alpha is another than its rank, which only the metadata say")
+    """Its alpha is its rank, then."""
     rewritten(lora.folder, lambda state: state, metadata=False)
     fresh = load_backbone(str(lora.model))
     lora.adaptation.load(fresh, lora.folder)
