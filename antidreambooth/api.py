@@ -112,9 +112,9 @@ def cloak(
     if chosen.several != (len(names) > 1):
         raise InputError(f"{method} attacks {'several models: give ensemble' if chosen.several else 'one model'}")
     assembly = Assembly(chosen, replace(settings or Settings(), budget=float(budget)))
-    assembly.require_learnable(names)
     where = device_named(device)
     side = shared_resolution(names, side)
+    assembly.require_learnable(names)
     prompts = [trained_prompt(source, assembly.settings) for source in names] if chosen.surrogate == "trained" else None
     take = assembly.settings.parametrisation.take
     with unaffected(where):

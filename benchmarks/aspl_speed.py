@@ -106,7 +106,7 @@ class Plain:
         """DreamBooth steps on the images; returns the trained models and the mean loss."""
         models, settings, losses = deepcopy(models), self.task.training, []  # left out: a deep copy for every phase
         rate, steps, prior = given(settings.learning_rate, 0.0), given(settings.steps, 0), settings.prior
-        optimizer = AdamW(models.parameters(), lr=rate, weight_decay=settings.weight_decay)
+        optimizer = AdamW(models.parameters(), lr=rate, weight_decay=given(settings.weight_decay, 0.0))
         batches = turn.batches(steps, given(settings.batch_size, 1), len(images), images.device)
         others = self.task.classes
         for step, batch in enumerate(batches):

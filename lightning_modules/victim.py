@@ -108,8 +108,8 @@ class Victim(Training):
         source = Source(backbone, revision, variant, components=components, frozen_weights=frozen_weights)
         super().__init__(source=source, resolution=resolution)
         self.adaptation = adaptation or Full()
-        self.adaptation.require_learnable(self.source)
         training = training.completed(read_defaults(self.source), self.adaptation.role)
+        self.adaptation.require_learnable(self.source, training)
         prompt = self.adaptation.prompt(training.instance_prompt)
         self.training_settings = replace(training, instance_prompt=prompt)
         self.steps = self.training_settings.steps
@@ -295,17 +295,19 @@ class Victim(Training):
 
     def _optimizer(self, parameters: list[torch.nn.Parameter]) -> Optimizer:
         settings = self.training_settings
-        assert settings.learning_rate is not None  # completed in the constructor
+        rate, decay = settings.learning_rate, settings.weight_decay
+        assert rate is not None  # completed in the constructor
+        assert decay is not None
         if not self.optimization.eight_bit:
             fused = not self.trainer.gradient_clip_val  # Lightning refuses to clip before a fused step
-            return AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
+            return AdamW(parameters, lr=rate, weight_decay=decay, fused=fused)
         if self.device.type != "cuda":
             raise InputError("8-bit AdamW works on a GPU only: leave out --model.optimization.eight_bit")
         try:
             from bitsandbytes.optim import AdamW8bit
         except ModuleNotFoundError as error:
             raise InputError("8-bit AdamW needs bitsandbytes: pip install bitsandbytes") from error
-        return AdamW8bit(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return AdamW8bit(parameters, lr=rate, weight_decay=decay)
 
     def _warn_of_strangers(self) -> None:
         """A prompt without the identifier asks for nobody in particular."""

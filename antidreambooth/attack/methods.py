@@ -23,6 +23,7 @@ from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import BATCH
 from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.execution import Execution
+from antidreambooth.diffusion.layout import read_defaults
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.adaptation import Adaptation
@@ -146,13 +147,15 @@ class Assembly:
         return self.method.surrogate == "alternating"
 
     def require_learnable(self, sources: Sequence[Source]) -> None:
-        """Refuses base models whose weights are held in too little for this method, before they are loaded.
+        """Refuses base models that cannot learn as this method and its settings want, before they are loaded.
 
         Raises:
-            InputError: they are.
+            InputError: one cannot.
         """
+        adaptation = self.settings.adaptation
         for source in sources if self.learns else ():
-            self.settings.adaptation.require_learnable(source)
+            training = adaptation.surrogate_settings(self.settings.training, read_defaults(source))
+            adaptation.require_learnable(source, training)
 
     def asks(self, backbone: Backbone, prompt: str | None = None) -> list[list[str]] | None:
         """The lists of prompts that a run will ask a base model's text encoders for; None where one of them learns.
@@ -241,7 +244,8 @@ class Assembly:
 
 def plain_weights(backbone: Backbone, training: DreamBooth) -> Weights:
     """The weights that learn, with torch's own AdamW: for a run with one process and no training framework."""
-    assert training.learning_rate is not None
     learned = backbone.learned()
     rate, decay = training.learning_rate, training.weight_decay
+    assert rate is not None  # an assembly's are complete
+    assert decay is not None
     return Weights(learned, torch.optim.AdamW(learned, lr=rate, weight_decay=decay, fused=True))

@@ -25,17 +25,20 @@ class Recipe:
         batch_size: instance images in a step.
         steps: optimizer steps.
         train_text_encoder: whether the text encoder learns too.
+        weight_decay: of AdamW.
     """
 
     learning_rate: float
     batch_size: int
     steps: int
     train_text_encoder: bool
+    weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
         require("learning_rate", self.learning_rate, above=0)
         require("batch_size", self.batch_size, 1)
         require("steps", self.steps, 1)
+        require("weight_decay", self.weight_decay, 0)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ class Family(ABC):
     published: ClassVar[Defaults]
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_lora: ClassVar[tuple[str, ...]] = ()  # text encoders that may learn
-    inverts_text: ClassVar[bool] = False  # whether a new word's embedding may be all that learns
+    # Text encoders that learn a new word, and the names of its vectors in the official file; "" for the word itself.
+    inverted: ClassVar[Mapping[str, str]] = {}
     density: ClassVar[TimestepSampler] = Uniform()
     schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)  # names of schedulers it may have
     arguments: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # of the pipeline, for the parts of a Conditioning

@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.defaults import Defaults, Role, given
+from antidreambooth.diffusion.layout import family_of
 from antidreambooth.diffusion.precision import made_on_cpu
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, first_line
-from antidreambooth.finetuning.dreambooth import DreamBooth
+from antidreambooth.finetuning.dreambooth import DreamBooth, require_encoders
 
 
 class Adaptation(ABC):
@@ -51,17 +52,23 @@ class Adaptation(ABC):
         """Whether something of a text encoder learns."""
         return bool(training.train_text_encoder)
 
-    def require_learnable(self, source: Source) -> None:
-        """Refuses a base model whose weights are held in too little for this, before it is loaded.
+    def require_learnable(self, source: Source, training: DreamBooth) -> None:
+        """Refuses a base model that cannot learn in this way, before it is loaded.
+
+        Args:
+            source: the base model.
+            training: how it shall learn, completed by the base model's own values.
 
         Raises:
-            InputError: they are.
+            InputError: its weights are held in too little for this, or nobody trains text encoders of its family.
         """
         if self.whole and source.frozen_weights == "nf4":
             raise InputError(
                 f"weights of 4 bits do not learn, and {type(self).__name__} trains them all: use LoRA, or "
                 "frozen_weights bf16"
             )
+        if training.train_text_encoder:
+            require_encoders(family_of(source))
 
     def apply(self, backbone: Backbone, training: DreamBooth, seed: int) -> None:
         """Makes an untouched backbone ready to learn, on the device where it is."""
@@ -81,6 +88,7 @@ class Adaptation(ABC):
                 training,
                 learning_rate=given(training.learning_rate, recipe.learning_rate),
                 train_text_encoder=given(training.train_text_encoder, recipe.train_text_encoder),
+                weight_decay=given(training.weight_decay, recipe.weight_decay),
             )
         return replace(training.completed(defaults), instance_prompt=self.prompt(training.instance_prompt))
 

@@ -46,7 +46,7 @@ class DreamBooth:
         learning_rate: of AdamW. Published: 5e-7; embedded: 2e-4.
         steps: optimizer steps: a victim's in all, a surrogate's in each phase of a round. Published: 1000 and 3.
         batch_size: instance images in a step. Published: 2, a surrogate's 1; embedded: 8 and 2.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW. Published: 1e-2.
         instance_prompt: names the person by a rare identifier.
         train_text_encoder: whether the text encoder learns too. Yes, but not with a LoRA, when not given.
         gradient_checkpointing: less memory for about a third more time; ``vae`` does so in the autoencoder alone, which
@@ -57,7 +57,7 @@ class DreamBooth:
     learning_rate: float | None = None
     steps: int | None = None
     batch_size: int | None = None
-    weight_decay: float = 1e-2
+    weight_decay: float | None = None
     instance_prompt: str = "a photo of sks person"
     train_text_encoder: bool | None = None
     gradient_checkpointing: Checkpointing = False
@@ -83,6 +83,7 @@ class DreamBooth:
             steps=given(self.steps, recipe.steps),
             batch_size=given(self.batch_size, recipe.batch_size),
             train_text_encoder=given(self.train_text_encoder, recipe.train_text_encoder),
+            weight_decay=given(self.weight_decay, recipe.weight_decay),
             prior=prior,
         )
 
@@ -186,11 +187,14 @@ def learning_encoders(backbone: Backbone) -> list[nn.Module]:
     Raises:
         InputError: none of this family's is ever trained.
     """
-    if not backbone.text_lora:
-        raise InputError(
-            f"the text encoder of {backbone.family} is not trained by anybody: leave out train_text_encoder"
-        )
+    require_encoders(type(backbone))
     return [backbone.text_encoders[name] for name in backbone.text_lora]
+
+
+def require_encoders(family: type[Backbone]) -> None:
+    """Refuses a family of base models of which no text encoder is ever trained."""
+    if not family.text_lora:
+        raise InputError(f"the text encoder of {family.family} is not trained by anybody: leave out train_text_encoder")
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import DIFFUSERS_OLD_TO_PEFT, DIFFUSERS_TO_PEFT, convert_state_dict
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -21,8 +22,7 @@ from antidreambooth.finetuning.adaptation import Adaptation, explained
 from antidreambooth.finetuning.dreambooth import learning_encoders
 
 FILE = "pytorch_lora_weights.safetensors"
-OLD_NAMES = re.compile(r"\.(?:lora|lora_linear_layer)\.(down|up)\.")  # diffusers' for peft's lora_A and lora_B
-NEW_NAMES = {"down": "A", "up": "B"}
+MATRICES = ("lora_A", "lora_B")  # of an update, as peft calls them
 
 
 class LoRA(Adaptation):
@@ -87,12 +87,19 @@ class LoRA(Adaptation):
         """Adds the trained updates."""
         with explained(folder), quiet(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*inconsistency was discovered between the PEFT config.*")  # ours to say
-            *found, metadata = backbone.official.lora_state_dict(folder, weight_name=FILE, return_lora_metadata=True)
+            *found, metadata = backbone.official.lora_state_dict(
+                folder,
+                weight_name=FILE,
+                return_lora_metadata=True,
+                unet_config=backbone.denoiser.config,  # other trainers number SDXL's blocks from input to output
+            )
             state = found[0]  # of older pipelines the alphas follow
             if wrong := unusable(state):
                 raise InputError(f"{FILE} {wrong}")
+            there = _peft_names(backbone, state)
+            _require_pairs(there)
             backbone.pipeline().load_lora_weights(folder, weight_name=FILE)
-            _require_whole(backbone, state, metadata or {})
+            _require_whole(backbone, there, metadata or {})
 
 
 def adapted(backbone: Backbone) -> list[str]:
@@ -107,15 +114,40 @@ def _matching(network: nn.Module, targets: list[str]) -> list[str]:
     return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
-def _require_whole(backbone: Backbone, state: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+def _peft_names(backbone: Backbone, state: Mapping[str, Tensor]) -> set[str]:
+    """Names of a file's weights as peft has them: what official loaders make of older and of other trainers' ones."""
+    own = {name: values for name, values in state.items() if name.startswith(f"{backbone.denoiser_name()}.")}
+    others = {name: values for name, values in state.items() if name not in own}
+    for older in (DIFFUSERS_OLD_TO_PEFT, DIFFUSERS_TO_PEFT):
+        others = convert_state_dict(others, older)
+    names = {*convert_unet_state_dict_to_peft(own), *others}
+    for part, encoder in backbone.text_encoders.items():
+        if not hasattr(encoder, "text_model"):  # CLIP has one level more in transformers 4 and in other trainers' files
+            names = {re.sub(rf"^{part}\.text_model\.", f"{part}.", name) for name in names}
+    return names
+
+
+def _require_pairs(there: set[str]) -> None:
+    """Refuses a file with one matrix of an update alone, on which FLUX.1's loader ends with a KeyError.
+
+    Args:
+        there: the names of its weights, as peft has them.
+    """
+    layers = {name.rpartition(".lora_")[0] for name in there if ".lora_" in name}
+    pairs = {f"{layer}.{matrix}.weight" for layer in layers for matrix in MATRICES}
+    if missing := sorted(pairs - there):
+        raise InputError(f"{FILE} lacks {listed(missing)}")
+
+
+def _require_whole(backbone: Backbone, there: set[str], metadata: Mapping[str, object]) -> None:
     """Refuses a file with too few or too many updates: peft starts a matrix anew that is missing, and skips a layer.
 
     Args:
         backbone: with the updates that the file's metadata, or (in files of others) its weights ask for.
-        state: the file's weights.
+        there: the names of the file's weights, as peft has them.
         metadata: of the file; its keys start with the component that they are about.
     """
-    asked = {name.partition(".")[0] for name in (*metadata, *state)}
+    asked = {name.partition(".")[0] for name in (*metadata, *there)}
     wanted: set[str] = set()
     for part in (backbone.denoiser_name(), *backbone.text_encoders):
         network = getattr(backbone, part)
@@ -124,10 +156,9 @@ def _require_whole(backbone: Backbone, state: Mapping[str, Tensor], metadata: Ma
             wanted |= {f"{part}.{name}" for name in updates}
             targets = metadata.get(f"{part}.target_modules")
             layers = _matching(network, targets) if isinstance(targets, list) else []  # in files of others a pattern
-            wanted |= {f"{part}.{layer}.lora_{matrix}.weight" for layer in layers for matrix in NEW_NAMES.values()}
+            wanted |= {f"{part}.{layer}.{matrix}.weight" for layer in layers for matrix in MATRICES}
         elif part in asked:
             raise InputError(f"{FILE} lacks all weights of the {part}")
-    there = {OLD_NAMES.sub(lambda match: f".lora_{NEW_NAMES[match[1]]}.", name) for name in state}
     if missing := sorted(wanted - there):
         raise InputError(f"{FILE} lacks {listed(missing)}")
     if left := sorted(there - wanted):

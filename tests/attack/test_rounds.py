@@ -116,7 +116,7 @@ def test_fp32_weights_learn_at_the_published_rate_and_bf16_ones_do_not(backbone)
     halves = [weight.bfloat16().requires_grad_() for weight in before]
     with autocast(True):
         surrogate.learn_clean(Turn(0), Turn(0).generator(before[0].device))
-    optimizer = AdamW(halves, lr=5e-7, weight_decay=training.weight_decay)
+    optimizer = AdamW(halves, lr=5e-7, weight_decay=1e-2)
     for step in range(3):
         for weight in halves:
             weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
@@ -146,7 +146,7 @@ def test_only_the_surrogate_and_the_photos_change(backbone):
 def test_the_text_encoder_can_stay_frozen(backbone):
     training = DreamBooth(
         learning_rate=1e-3, batch_size=1, train_text_encoder=False, prior=PriorPreservation(weight=0.0)
-    )
+    ).completed(Defaults())
     surrogate, originals = setup(backbone, training)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     alternate([surrogate], SquareCanvas(originals), originals, PGD(), Turn(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -298,14 +298,14 @@ def ask(name: str, pipe: Any, prompts: list[str]) -> tuple[Any, ...]:
     return pipe.encode_prompt(prompts, **FAMILIES[name].asking, **FAMILIES[name].prompting)
 
 
-def draw(name: str, pipe: Any, start: Tensor, guidance: Mapping[str, Any]) -> Drawing:
+def draw(name: str, pipe: Any, start: Tensor, guidance: Mapping[str, Any], prompts: Sequence[str] = PROMPTS) -> Drawing:
     """Pictures of the prompts by the official pipeline, and what it did on the way."""
     family = FAMILIES[name]
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     with heard_inputs(denoiser) as inputs, heard(pipe.scheduler, "step") as calls, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__ implementation doesn't accept")  # of Sana's solver, about NumPy 2
         pictures = pipe(
-            prompt=list(PROMPTS),  # a list of its own: Z-Image's writes its chat template into it
+            prompt=list(prompts),  # a list of its own: Z-Image's writes its chat template into it
             **family.prompting,
             **family.options,
             **guidance,

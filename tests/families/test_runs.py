@@ -95,15 +95,6 @@ def test_the_plain_pipeline_loads_what_a_victim_has_learned(run, model, tmp_path
     assert not torch.equal(sample(base, PROMPT, noise, steps=2), sample(own, PROMPT, noise, steps=2))
 
 
-def test_textual_inversion_is_refused_before_anything_is_loaded(model, photos, tmp_path, monkeypatch):
-    if "sd" in model.parent.name and not any(name in model.parent.name for name in ("sdxl", "sd3")):
-        pytest.skip("Stable Diffusion 1.x takes new words")
-    config = f"--config={ROOT / 'configs' / 'textual-inversion.yaml'}"
-    words = ["fit", config, f"--model.backbone={model}", f"--data.photos={photos}", *SHORT]
-    refused([*words, f"--trainer.default_root_dir={tmp_path / 'out'}"], "textual inversion does not work with")
-    assert not (tmp_path / "out" / "checkpoints").exists()
-
-
 @pytest.mark.parametrize("name", ["FluxKontextPipeline", "StableDiffusionXLInpaintPipeline", "Flux2Pipeline", None])
 def test_other_pipelines_are_refused_by_name(model, photos, tmp_path, name):
     folder = tmp_path / "other"

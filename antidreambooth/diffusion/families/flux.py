@@ -37,6 +37,7 @@ class Flux(Backbone):
     }
     tokenizers: ClassVar[Mapping[str, Any]] = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5Tokenizer}
     text_lora = ("text_encoder",)
+    inverted: ClassVar[Mapping[str, str]] = {"text_encoder": ""}
     lora_targets = (
         *(f"attn.{name}" for name in ("to_k", "to_q", "to_v", "to_out.0")),
         *(f"attn.{name}" for name in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")),
@@ -45,9 +46,9 @@ class Flux(Backbone):
     arguments = ("prompt_embeds", "pooled_prompt_embeds")
     # diffusers' examples/dreambooth/README_flux.md; the pipeline's own sampling.
     published = Defaults(
-        surrogate=Recipe(1e-4, 1, 3, False),
-        full=Recipe(1e-4, 1, 500, False),
-        lora=Recipe(1e-4, 1, 500, False),
+        surrogate=Recipe(1e-4, 1, 3, False, 1e-4),
+        full=Recipe(1e-4, 1, 500, False, 1e-4),
+        lora=Recipe(1e-4, 1, 500, False, 1e-4),
         guidance_scale=3.5,
         sampling_steps=28,
         resolution=512,

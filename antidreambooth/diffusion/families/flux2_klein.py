@@ -39,9 +39,9 @@ class Flux2Klein(Backbone):
     switches: ClassVar[Mapping[str, Any]] = {"is_distilled": False}
     # diffusers' examples/dreambooth/README_flux2.md; the pipeline's own sampling.
     published = Defaults(
-        surrogate=Recipe(1e-4, 1, 3, False),
-        full=Recipe(1e-4, 1, 500, False),
-        lora=Recipe(1e-4, 1, 500, False),
+        surrogate=Recipe(1e-4, 1, 3, False, 1e-4),
+        full=Recipe(1e-4, 1, 500, False, 1e-4),
+        lora=Recipe(1e-4, 1, 500, False, 1e-4),
         guidance_scale=4.0,
         sampling_steps=50,
         resolution=512,

@@ -33,9 +33,9 @@ class Lumina2(Backbone):
     arguments = ("prompt_embeds", "prompt_attention_mask")
     # diffusers' examples/dreambooth/README_lumina2.md; the pipeline's own sampling.
     published = Defaults(
-        surrogate=Recipe(1e-4, 1, 3, False),
-        full=Recipe(1e-4, 1, 500, False),
-        lora=Recipe(1e-4, 1, 500, False),
+        surrogate=Recipe(1e-4, 1, 3, False, 1e-4),
+        full=Recipe(1e-4, 1, 500, False, 1e-4),
+        lora=Recipe(1e-4, 1, 500, False, 1e-4),
         guidance_scale=4.0,
         sampling_steps=30,
         resolution=512,

@@ -36,9 +36,9 @@ class QwenImage(Backbone):
     guidance = ("true_cfg_scale", 1.0)  # of no effect without a negative prompt; guidance_scale has none at all
     # diffusers' examples/dreambooth/README_qwen.md; the pipeline's own sampling.
     published = Defaults(
-        surrogate=Recipe(2e-4, 1, 3, False),
-        full=Recipe(2e-4, 1, 500, False),
-        lora=Recipe(2e-4, 1, 500, False),
+        surrogate=Recipe(2e-4, 1, 3, False, 1e-4),
+        full=Recipe(2e-4, 1, 500, False, 1e-4),
+        lora=Recipe(2e-4, 1, 500, False, 1e-4),
         guidance_scale=4.0,
         sampling_steps=50,
         resolution=512,

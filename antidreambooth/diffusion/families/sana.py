@@ -41,9 +41,9 @@ class Sana(Backbone):
     }
     # diffusers' examples/dreambooth/README_sana.md; the pipeline's own sampling.
     published = Defaults(
-        surrogate=Recipe(1e-4, 1, 3, False),
-        full=Recipe(1e-4, 1, 500, False),
-        lora=Recipe(1e-4, 1, 500, False),
+        surrogate=Recipe(1e-4, 1, 3, False, 1e-4),
+        full=Recipe(1e-4, 1, 500, False, 1e-4),
+        lora=Recipe(1e-4, 1, 500, False, 1e-4),
         guidance_scale=4.5,
         sampling_steps=20,
         resolution=512,

@@ -50,9 +50,9 @@ class StableDiffusion3(Backbone):
     # diffusers' examples/dreambooth/README_sd3.md, and train_dreambooth_sd3.py for density and loss weight; the
     # pipeline's own sampling.
     published = Defaults(
-        surrogate=Recipe(1e-4, 1, 3, False),
-        full=Recipe(1e-4, 1, 500, False),
-        lora=Recipe(4e-4, 1, 500, False),
+        surrogate=Recipe(1e-4, 1, 3, False, 1e-4),
+        full=Recipe(1e-4, 1, 500, False, 1e-4),
+        lora=Recipe(4e-4, 1, 500, False, 1e-4),
         guidance_scale=7.0,
         sampling_steps=28,
         resolution=512,

@@ -38,13 +38,15 @@ class StableDiffusionXL(Backbone):
     }
     tokenizers: ClassVar[Mapping[str, Any]] = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
     text_lora = ("text_encoder", "text_encoder_2")
+    inverted: ClassVar[Mapping[str, str]] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+    switches: ClassVar[Mapping[str, Any]] = {"force_zeros_for_empty_prompt": True}
     arguments = ("prompt_embeds", "pooled_prompt_embeds")
     # diffusers' examples: README_sdxl.md of dreambooth for a LoRA, README_sdxl.md of text_to_image for the whole U-Net,
     # textual_inversion_sdxl.py for a token; the pipeline's own sampling.
     published = Defaults(
         surrogate=Recipe(1e-6, 1, 3, False),
         full=Recipe(1e-6, 1, 500, False),
-        lora=Recipe(1e-4, 1, 500, False),
+        lora=Recipe(1e-4, 1, 500, False, 1e-4),
         textual_inversion=Recipe(5e-4, 4, 2000, False),
         guidance_scale=5.0,
         sampling_steps=50,
@@ -99,8 +101,9 @@ class StableDiffusionXL(Backbone):
         return Conditioning((sequence, pooled))
 
     def negative(self, count: int) -> Conditioning:
-        """Zeros: the published folder says ``force_zeros_for_empty_prompt``."""
-        return Conditioning(torch.zeros_like(part) for part in self.embed([""] * count))
+        """Zeros, unless the model's folder says that it wants the empty prompt itself."""
+        empty = self.embed([""] * count)
+        return Conditioning(map(torch.zeros_like, empty)) if self.force_zeros_for_empty_prompt else empty
 
     def denoise(
         self, noisy: Float[Tensor, "n c h w"], times: Shaped[Tensor, " n"], conditioning: Conditioning

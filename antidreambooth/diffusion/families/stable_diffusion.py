@@ -52,7 +52,7 @@ class StableDiffusion(Backbone):
     tokenizers: ClassVar[Mapping[str, Any]] = {"tokenizer": CLIPTokenizer}
     published = Defaults()
     text_lora = ("text_encoder",)
-    inverts_text = True
+    inverted: ClassVar[Mapping[str, str]] = {"text_encoder": ""}
     left_out: ClassVar[Mapping[str, Any]] = {
         "safety_checker": None,
         "feature_extractor": None,

@@ -46,9 +46,9 @@ class ZImage(Backbone):
     guidance = ("guidance_scale", 0.0)  # the pipeline adds scale * (with - without) to what is predicted with a prompt
     # diffusers' examples/dreambooth/README_z_image.md; the pipeline's own sampling.
     published = Defaults(
-        surrogate=Recipe(1e-4, 1, 3, False),
-        full=Recipe(1e-4, 1, 500, False),
-        lora=Recipe(1e-4, 1, 500, False),
+        surrogate=Recipe(1e-4, 1, 3, False, 1e-4),
+        full=Recipe(1e-4, 1, 500, False, 1e-4),
+        lora=Recipe(1e-4, 1, 500, False, 1e-4),
         guidance_scale=5.0,
         sampling_steps=50,
         resolution=512,
