@@ -174,6 +174,16 @@ class Backbone(nn.Module, Family):
         return False
 
     @property
+    def advice(self) -> str:
+        """A line for whoever is about to fit it; empty where there is nothing to say."""
+        if not self.distilled:
+            return ""
+        return (
+            f"this {self.family} model is distilled: it draws in a few steps, which fine-tuning takes from it, so that "
+            "the base model that it was made of is the better surrogate, and the better victim"
+        )
+
+    @property
     def denoiser(self) -> Any:
         """The network that predicts: a U-Net or a transformer."""
         return getattr(self, self.denoiser_name())

@@ -1,8 +1,6 @@
-"""Every family through the real command line: a method's round, a victim, and the plain pipeline that loads it."""
+"""What a victim of each family has learned, in the plain pipeline of diffusers."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
@@ -22,10 +20,6 @@ QUICK = ("sdxl", "flux")
 FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY if name != "sd-v"]
 PROMPT = "a photo of sks person"
 SHORT = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
-ROUND = [
-    *("--trainer.max_epochs=1", "--model.pgd_steps=2", "--model.adaptation=LoRA"),
-    *("--model.surrogate.steps=1", "--model.surrogate.prior.images=2"),
-]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -53,18 +47,6 @@ def run(model, photos, tmp_path):
         return tmp_path / out
 
     return command
-
-
-@pytest.mark.parametrize("method", ["t-aspl", "advdm"])
-def test_a_round_moves_photos_within_the_budget(run, photos, method):
-    more = ROUND if method == "t-aspl" else ROUND[:2]
-    out = run(f"{method}.yaml", *more)
-    for file in photos.iterdir():
-        before, after = (np.asarray(Image.open(path)).astype(int) for path in (file, out / "cloaked" / file.name))
-        assert 0 < abs(after - before).max() <= 8
-    record = json.loads((out / "manifest.json").read_text())
-    learned = 4 if method == "t-aspl" else 0  # a step on clean and one on cloaked photos, each with a class image
-    assert record["passes"]["denoiser"] == 2 * 2 + learned
 
 
 @pytest.mark.parametrize("kind", ["dreambooth.yaml", "dreambooth-lora.yaml"])
@@ -102,13 +84,3 @@ def test_textual_inversion_is_refused_before_anything_is_loaded(model, photos, t
     words = ["fit", config, f"--model.backbone={model}", f"--data.photos={photos}", *SHORT]
     refused([*words, f"--trainer.default_root_dir={tmp_path / 'out'}"], "textual inversion does not work with")
     assert not (tmp_path / "out" / "checkpoints").exists()
-
-
-@pytest.mark.parametrize("name", ["FluxKontextPipeline", "StableDiffusionXLInpaintPipeline", "Flux2Pipeline", None])
-def test_other_pipelines_are_refused_by_name(model, photos, tmp_path, name):
-    folder = tmp_path / "other"
-    folder.mkdir()
-    index = json.loads((model / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
-    config = f"--config={ROOT / 'configs' / 'advdm.yaml'}"
-    refused(["fit", config, f"--model.backbone={folder}", f"--data.photos={photos}"], f"is a {name}", "FluxPipeline")
