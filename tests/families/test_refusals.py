@@ -24,16 +24,40 @@ OTHER_MODELS = (
     *("StableDiffusionXLInpaintPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionControlNetPipeline"),
     *("StableDiffusion3InpaintPipeline", "QwenImageEditPipeline", "QwenImage21Pipeline", "fluxpipeline", None, 3),
 )
-WIDTHS = {  # numbers of a config that have to fit another one's
-    "sd": [("unet", "cross_attention_dim"), ("vae", "latent_channels")],
-    "sdxl": [("unet", "cross_attention_dim"), ("vae", "latent_channels"), ("text_encoder_2", "projection_dim")],
-    "sd3": [("transformer", "pooled_projection_dim"), ("vae", "latent_channels"), ("text_encoder_3", "d_model")],
-    "flux": [("transformer", "pooled_projection_dim"), ("vae", "latent_channels"), ("text_encoder_2", "d_model")],
-    "flux2-klein": [("transformer", "joint_attention_dim"), ("vae", "latent_channels")],
-    "z-image": [("transformer", "cap_feat_dim"), ("vae", "latent_channels"), ("text_encoder", "hidden_size")],
-    "qwen-image": [("transformer", "joint_attention_dim"), ("vae", "z_dim")],
-    "sana": [("transformer", "caption_channels"), ("vae", "latent_channels"), ("text_encoder", "hidden_size")],
-    "lumina2": [("transformer", "cap_feat_dim"), ("vae", "latent_channels"), ("text_encoder", "hidden_size")],
+WIDTHS = {  # numbers of a config that have to fit another one's, and what is said of one twice as large
+    "sd": [("unet", "cross_attention_dim", "texts of width 32"), ("vae", "latent_channels", "its vae/ gives 8")],
+    "sdxl": [
+        ("unet", "cross_attention_dim", "takes texts of width 48"),
+        ("vae", "latent_channels", "its vae/ gives 8"),
+        ("text_encoder_2", "projection_dim", "there are 80"),
+    ],
+    "sd3": [
+        ("transformer", "pooled_projection_dim", "pooled texts of 48"),
+        ("vae", "latent_channels", "vae/ of 32"),
+        ("text_encoder_3", "d_model", "T5 of 64"),
+    ],
+    "flux": [
+        ("transformer", "pooled_projection_dim", "pooled texts of 16"),
+        ("vae", "latent_channels", "vae/ for tokens of 128"),
+        ("text_encoder_2", "d_model", "T5 of 32"),
+    ],
+    "flux2-klein": [("transformer", "joint_attention_dim", "for texts of 48"), ("vae", "latent_channels", "of 32")],
+    "z-image": [
+        ("transformer", "cap_feat_dim", "for texts of 16"),
+        ("vae", "latent_channels", "vae/ of 32"),
+        ("text_encoder", "hidden_size", "text_encoder/ of 16"),
+    ],
+    "qwen-image": [("transformer", "joint_attention_dim", "for texts of 32"), ("vae", "z_dim", "of 32")],
+    "sana": [
+        ("transformer", "caption_channels", "for texts of 16"),
+        ("vae", "latent_channels", "vae/ of 16"),
+        ("text_encoder", "hidden_size", "text_encoder/ of 16"),
+    ],
+    "lumina2": [
+        ("transformer", "cap_feat_dim", "for texts of 16"),
+        ("vae", "latent_channels", "vae/ of 32"),
+        ("text_encoder", "hidden_size", "text_encoder/ of 16"),
+    ],
 }
 
 
@@ -134,17 +158,17 @@ def test_a_component_of_another_kind_is_named(name, model, photos):
 
 
 def test_components_of_other_widths_are_refused(name, model, photos):
-    for part, key in WIDTHS[name]:
+    for part, key, words in WIDTHS[name]:
         file = model / part / "config.json"
         known = json.loads(file.read_text())
         edit(file, **{key: 2 * known[key]})
-        said(name, model, photos, str(2 * known[key]))
+        said(name, model, photos, words)
         file.write_text(json.dumps(known))
     assert resolution_of(str(model))
 
 
 def test_nothing_of_a_refused_model_is_loaded(name, model, monkeypatch):
-    part, key = WIDTHS[name][0]
+    part, key, _ = WIDTHS[name][0]
     file = model / part / "config.json"
     edit(file, **{key: 2 * json.loads(file.read_text())[key]})
     monkeypatch.setattr(loading, "named_errors", lambda *_: pytest.fail("something was loaded"))
