@@ -17,6 +17,7 @@ from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.family import Family
 from antidreambooth.diffusion.noising import Noising
 from antidreambooth.diffusion.precision import borrowing, made_on_cpu, precise
+from antidreambooth.diffusion.recording import uncounted
 
 Checkpointing = bool | Literal["vae"]  # of which activations are computed again in the backward pass
 
@@ -210,7 +211,12 @@ class Backbone(nn.Module, Family):
         """Images in [-1, 1] to the posterior of their latents."""
         if not (self.encodes_twice and images.requires_grad):
             return self.to_latents(images)
-        return checkpoint(self.to_latents, images, use_reentrant=False)
+        return checkpoint(
+            self.to_latents,
+            images,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), uncounted(self.vae.encoder)),
+        )
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
         """Latents to images in [-1, 1]."""

@@ -1,4 +1,8 @@
-"""Every family of base models through every method, victim and measure of the command line, one round each."""
+"""Every family of base models through every method, victim and measure of the command line, one round each.
+
+Two families are in the quick tests, with all there is. Of the others the slow tests hold what differs between families
+most; ``pytest -m all_families`` runs the rest of the table.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,8 @@ from antidreambooth.errors import InputError
 from antidreambooth.evaluation.conditions import Clean, Scene
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from cli import main
+from launch.verdict.cell import make_cloak, run_cell
+from launch.verdict.command import parser, read_experiment
 from lightning_modules.cloaking import Cloaking
 from tests.conftest import ROOT, random_images
 from tests.families.tiny import SIDE, TINY, save
@@ -27,6 +33,7 @@ from tests.helpers import files, manifest, pixels, refused
 
 MODELS = [name for name in TINY if name not in ("sd-v", "flux-schnell")]  # one of each family
 QUICK = ("flux", "sdxl")
+OFTEN = ("t-fsmg", "e-aspl", "advdm")  # methods that the slow tests hold of all families
 STEPS, PHASE, PHOTOS = 2, 1, 2  # of PGD, of a surrogate's phase, and how many photos there are
 CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
 PRIOR = "prior.images=2"
@@ -49,9 +56,20 @@ def folder_of(tmp_path_factory) -> Callable[[str], Path]:
     return folder
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MODELS])
-def name(request) -> str:
-    return request.param
+def often(name: str, *also: Any, when: bool = True) -> Any:
+    """A family, and what else a test is about, with the mark that says when it is run.
+
+    Args:
+        name: of the family.
+        also: other parameters.
+        when: whether the slow tests hold it.
+    """
+    marks = [] if name in QUICK else [pytest.mark.slow] if when else [pytest.mark.slow, pytest.mark.all_families]
+    return pytest.param(name, *also, marks=marks)
+
+
+every = pytest.mark.parametrize("name", [often(name) for name in MODELS])
+seldom = pytest.mark.parametrize("name", [often(name, when=False) for name in MODELS])
 
 
 @pytest.fixture
@@ -121,7 +139,9 @@ def passes(method: str) -> dict[str, int]:
     return {"denoiser": models * (attacked + learned), "encoder": models * (attacked + PHOTOS * learning)}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "method"), [often(name, method, when=method in OFTEN) for name in MODELS for method in METHODS]
+)
 def test_a_method_cloaks(command, method, tmp_path):
     main(command(method))
     record = manifest(tmp_path / "out")
@@ -133,7 +153,10 @@ def test_a_method_cloaks(command, method, tmp_path):
     assert record["passes"] == passes(method)
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize(
+    ("name", "victim"),
+    [often(name, victim, when=victim.endswith("lora")) for name in MODELS for victim in VICTIMS],
+)
 def test_a_victim_is_trained_and_draws(model, victim, photos, tmp_path):
     root = tmp_path / "out"
     words = [
@@ -162,6 +185,7 @@ def test_a_victim_is_trained_and_draws(model, victim, photos, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["aspl", "e-aspl"])
+@seldom
 def test_a_notebook_gets_the_same_pixels(command, method, model, other, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda device: False)  # as the command's precision
     main(command(method))
@@ -178,6 +202,7 @@ def test_a_notebook_gets_the_same_pixels(command, method, model, other, photos, 
         assert np.array_equal(np.asarray(picture), pixels(path)), path.name
 
 
+@every
 def test_photos_are_cleaned_or_refused_by_name(name, model):
     photos = random_images(2, SIDE)
     scene = Scene(lambda: load_backbone(str(model)), photos)
@@ -226,6 +251,7 @@ def test_what_is_computed_again_to_save_memory_counts_once(cloaking, kind, folde
     assert manifest(tmp_path / "out")["passes"] == passes("advdm")
 
 
+@seldom
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(command, tmp_path, noted):
     main(command("aspl", rounds=2, out="whole"))
     told = ["--trainer.callbacks+=tests.lightning_modules.told.Told", "--trainer.callbacks.epoch=0"]
@@ -237,6 +263,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(command, tmp_path, noted):
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
 
+@every
 def test_a_dry_run_says_what_it_takes(command, tmp_path, capsys):
     main(command("aspl", "--dry_run"))
     said = capsys.readouterr().out
@@ -244,23 +271,23 @@ def test_a_dry_run_says_what_it_takes(command, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@seldom
 def test_a_verdict_of_one_cell(model, photos, tmp_path):
     short = " ".join(flag.replace("=", " ") for flag in CPU)
-    cloak = f"configs/advdm.yaml --trainer.max_epochs 1 {short}"
-    victim = (
-        f"configs/dreambooth-lora.yaml {short} --model.training.prior.images 2 "
-        "--model.faces tests.launch.fake_verdict_faces.FakeFaces"
-    )
-    main(
-        [
-            "verdict",
-            f"--people={json.dumps({'ann': {'photos': str(photos), 'clean_photos': str(photos)}})}",
-            f"--backbone={model}",
-            f"--folder={tmp_path}",
-            "--name=one",
-            f"--protections={json.dumps({'advdm': cloak})}",
-            f"--victims={json.dumps({'lora': victim})}",
-            "--generation.images=1",
-        ]
-    )
-    assert "advdm" in (tmp_path / "one" / "table.md").read_text()
+    faces = "--model.faces tests.launch.fake_verdict_faces.FakeFaces"
+    experiment = {
+        "people": {"ann": {"photos": str(photos), "clean_photos": str(photos)}},
+        "protections": {"advdm": f"configs/advdm.yaml --trainer.max_epochs 1 {short}"},
+        "victims": {"lora": f"configs/dreambooth-lora.yaml {short} --model.training.prior.images 2 {faces}"},
+    }
+    words = [f"--{name}={json.dumps(value)}" for name, value in experiment.items()]
+    words += [f"--backbone={model}", f"--folder={tmp_path}", "--name=one", "--generation.images=1"]
+    tasks = read_experiment(parser().parse_args(words)).resolve()
+    for cloak in tasks.cloaks:
+        make_cloak(cloak, main)
+    for cell in tasks.cells:
+        run_cell(cell, main)
+    main(["verdict", *words])  # all is done: it writes the tables, and starts no process for a cell
+    table = (tmp_path / "one" / "table.md").read_text()
+    assert "advdm" in table
+    assert "lora" in table
