@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import antidreambooth
+from antidreambooth.attack.cost import counted
 from antidreambooth.attack.methods import METHODS, Settings
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.errors import InputError
@@ -204,20 +206,26 @@ def test_a_notebook_gets_the_same_pixels(command, method, model, other, photos, 
 
 @every
 def test_photos_are_cleaned_or_refused_by_name(name, model):
-    photos = random_images(2, SIDE)
-    scene = Scene(lambda: load_backbone(str(model)), photos)
+    photos, backbone = random_images(2, SIDE), load_backbone(str(model))
+    scene = Scene(lambda: backbone, photos)
     if name in UNCLEANED:
         with pytest.raises(InputError, match="diffusers has no image-to-image pipeline of") as raised:
             Clean()(photos, scene)
         assert "\n" not in str(raised.value)
         return
-    plain, again, stronger, guided = (
-        Clean(strength, steps=4, guidance_scale=guidance)(photos, scene)
-        for strength, guidance in ((0.5, 1.0), (0.5, 1.0), (1.0, 1.0), (0.5, 4.0))
-    )
+
+    def cleaned(strength: float, guidance: float, passes: int) -> Tensor:
+        with counted([backbone]) as found:
+            result = Clean(strength, steps=4, guidance_scale=guidance)(photos, scene)
+        assert found.denoiser == len(photos) * passes
+        return result
+
+    both = 1 if name == "flux" else 2  # guidance is a number that it is told
+    plain = cleaned(0.5, 1.0, passes=2)
     assert plain.shape == photos.shape
-    assert torch.equal(plain, again)
-    assert all(not torch.equal(plain, other) for other in (photos, stronger, guided))
+    assert torch.equal(plain, cleaned(0.5, 1.0, passes=2))
+    for other in (photos, cleaned(1.0, 1.0, passes=4), cleaned(0.5, 4.0, passes=2 * both)):
+        assert not torch.equal(plain, other)
 
 
 @pytest.mark.parametrize("kind", UNCLEANED)

@@ -29,6 +29,7 @@ from tests.families.tiny import SIDE
 
 SURROGATE = DreamBooth(learning_rate=1e-3, batch_size=2, steps=2, prior=PriorPreservation(weight=0.5, images=3))
 VICTIM = DreamBooth(learning_rate=1e-3, batch_size=2, steps=4, prior=PriorPreservation(weight=0.5, images=3))
+FLOWS = ("ddp", "fsdp")  # strategies that are tried on a flow, too: weights whole and split
 ROUNDS = 2
 RANKS = 2
 SEED = 5
@@ -121,15 +122,11 @@ def main(out, model, flow, photos, names):
             1,
             callbacks=[TrainedModel()],
         )
-        fit(
-            out,
-            f"{name}_flow",
-            ASPL(backbone=flow, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square()),
-            Protection(photos, resolution=SIDE, parametrisation=Square()),
-            ROUNDS,
-        )
     for name in ("ddp", "zero-2"):
         fit(out, f"{name}_bf16", aspl(), protect(), ROUNDS, precision="bf16-mixed")
+    for name in FLOWS:
+        model = ASPL(backbone=flow, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())
+        fit(out, f"{name}_flow", model, Protection(photos, resolution=SIDE, parametrisation=Square()), ROUNDS)
     with patch.object(Weights, "restore", lambda self, kept: None):
         fit(out, "ddp_control", aspl(), protect(), ROUNDS)
 

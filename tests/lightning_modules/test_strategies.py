@@ -29,7 +29,7 @@ from datamodules import Protection
 from lightning_modules import ASPL
 from tests.conftest import ROOT
 from tests.families.tiny import SIDE, save
-from tests.lightning_modules.ranks import RANKS, ROUNDS, SEED, STRATEGIES, SURROGATE, VICTIM
+from tests.lightning_modules.ranks import FLOWS, RANKS, ROUNDS, SEED, STRATEGIES, SURROGATE, VICTIM
 
 pytestmark = pytest.mark.slow
 
@@ -220,7 +220,7 @@ def test_two_ranks_equal_one_process_that_draws_their_noise(started, ingredients
     equal_one_process(started, f"{name}_aspl", ingredients[0], *aspl)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FLOWS)
 def test_so_do_they_for_a_flow(started, flow, name):
     untrained, after = flow
     equal_one_process(started, f"{name}_flow", untrained, *after)
