@@ -125,8 +125,8 @@ def main(out, model, flow, photos, names):
     for name in ("ddp", "zero-2"):
         fit(out, f"{name}_bf16", aspl(), protect(), ROUNDS, precision="bf16-mixed")
     for name in FLOWS:
-        model = ASPL(backbone=flow, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())
-        fit(out, f"{name}_flow", model, Protection(photos, resolution=SIDE, parametrisation=Square()), ROUNDS)
+        module = ASPL(backbone=flow, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())
+        fit(out, f"{name}_flow", module, Protection(photos, resolution=SIDE, parametrisation=Square()), ROUNDS)
     with patch.object(Weights, "restore", lambda self, kept: None):
         fit(out, "ddp_control", aspl(), protect(), ROUNDS)
 

@@ -217,23 +217,24 @@ def apart(tensors, trained, untrained):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_equal_one_process_that_draws_their_noise(started, ingredients, aspl, name):
-    equal_one_process(started, f"{name}_aspl", ingredients[0], *aspl)
+    equal_one_process(started, f"{name}_aspl", ingredients[0], *aspl, rounded=name in ROUNDED)
 
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_so_do_they_for_a_flow(started, flow, name):
+    """The last digit of a weight may differ from process to process: so narrow matrices round by where they lie."""
     untrained, after = flow
-    equal_one_process(started, f"{name}_flow", untrained, *after)
+    equal_one_process(started, f"{name}_flow", untrained, *after, rounded=True)
 
 
-def equal_one_process(started, run, untrained, perturbation, theta):
+def equal_one_process(started, run, untrained, perturbation, theta, rounded):
     """Whether both ranks hold what one process has made."""
     first, second = (held(started, run, rank) for rank in range(RANKS))
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert first["stray"] == 0
     differ = (first["perturbation"] != perturbation).float().mean()
-    if run.startswith(ROUNDED):
+    if rounded:
         assert differ < 0.005
         assert apart(first, theta, untrained) < 0.01
     else:
