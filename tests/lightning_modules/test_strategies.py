@@ -217,17 +217,17 @@ def apart(tensors, trained, untrained):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_equal_one_process_that_draws_their_noise(started, ingredients, aspl, name):
-    equal_one_process(started, f"{name}_aspl", ingredients[0], *aspl, rounded=name in ROUNDED)
+    equal_one_process(started, f"{name}_aspl", name in ROUNDED, ingredients[0], *aspl)
 
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_so_do_they_for_a_flow(started, flow, name):
-    """The last digit of a weight may differ from process to process: so narrow matrices round by where they lie."""
+    """But for rounding: in one of three runs a weight's last digit differed under DDP, too; why is not known."""
     untrained, after = flow
-    equal_one_process(started, f"{name}_flow", untrained, *after, rounded=True)
+    equal_one_process(started, f"{name}_flow", True, untrained, *after)
 
 
-def equal_one_process(started, run, untrained, perturbation, theta, rounded):
+def equal_one_process(started, run, rounded, untrained, perturbation, theta):
     """Whether both ranks hold what one process has made."""
     first, second = (held(started, run, rank) for rank in range(RANKS))
     assert first.keys() == second.keys()
