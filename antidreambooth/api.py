@@ -151,6 +151,9 @@ def _cloaked(
         models.append(model.to(where))
     for notice in dict.fromkeys(model.defaults.notice for model in models if model.defaults.notice):
         log.warning(notice)
+    for name, model in zip(names, models, strict=True):
+        if model.advice:
+            log.warning("%s: %s", name, model.advice)
 
     def class_latents(model: Backbone, prior: PriorPreservation) -> Posterior:
         assert prior.class_prompt is not None

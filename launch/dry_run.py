@@ -194,12 +194,13 @@ def now(device: torch.device) -> float:
 def seconds_to_draw(backbone: Backbone, prompt: str, side: int, count: int, steps: int | None = None) -> float:
     """How long pictures that are drawn at once take, told from a few sampling steps."""
     steps, noise, took = given(steps, backbone.defaults.sampling_steps), noise_of(backbone, side, range(count), 0), []
-    for number in (1, 1, min(FEW, steps)):  # the very first time takes longer
+    least, most = min(2, steps), min(FEW, steps)  # samplers that say where they end take no single step
+    for number in (least, least, most):  # the very first time takes longer
         started = now(noise.device)
         sample(backbone, prompt, noise, steps=number)
         took.append(now(noise.device) - started)
-    _, one, few = took
-    return one + (steps - 1) * max(0.0, few - one) / max(1, min(FEW, steps) - 1)
+    _, short, long = took
+    return short + (steps - least) * max(0.0, long - short) / max(1, most - least)
 
 
 def seconds_to_write(data: Protection, budget: float) -> float:

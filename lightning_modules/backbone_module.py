@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,6 +30,7 @@ from lightning_modules.running.preemption import Preemption
 from lightning_modules.running.sharding import shard, sharded, whole_at_birth
 from lightning_modules.running.strategies import check, replicates
 
+log = logging.getLogger("antidreambooth")
 PRECISIONS = ("32-true", "bf16-mixed")
 FORMAT = 3  # of checkpoints: raised whenever older ones cannot be resumed any more
 FREE = (  # settings that a resumed run may change
@@ -131,6 +133,8 @@ class BackboneModule(LightningModule):
 
         alone = Path(source.name).is_relative_to(self.trainer.default_root_dir)  # trained for this run
         backbone, fingerprint = loaded() if alone else remembered(lambda: source, loaded)
+        if backbone.advice and not alone and not self.trainer.testing and self.global_rank == 0:
+            log.warning("%s: %s", source, backbone.advice)
         asked = self.asks(backbone, number)
         if asked and has_own_memory(self.place) and replicates(self.trainer.strategy):
             shown = [prompts for one in getattr(self.trainer, "callbacks", ()) for prompts in _asks(one, self)]

@@ -36,6 +36,15 @@ SURROGATE = (  # a victim of a few steps, which FSMG attacks
 )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked ``all_families``, which takes minutes, unless ``-m`` names it."""
+    if "all_families" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("all_families")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 def beyond(host: Any) -> bool:
     """Whether an address or a name is of another machine than this one."""
     return host not in (None, "", "localhost", "::", "::1", "0.0.0.0") and not str(host).startswith("127.")

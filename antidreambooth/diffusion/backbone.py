@@ -17,6 +17,7 @@ from antidreambooth.diffusion.defaults import Defaults
 from antidreambooth.diffusion.family import Family
 from antidreambooth.diffusion.noising import Noising
 from antidreambooth.diffusion.precision import borrowing, made_on_cpu, precise
+from antidreambooth.diffusion.recording import uncounted
 
 Checkpointing = bool | Literal["vae"]  # of which activations are computed again in the backward pass
 
@@ -174,6 +175,16 @@ class Backbone(nn.Module, Family):
         return False
 
     @property
+    def advice(self) -> str:
+        """A line for whoever is about to fit it; empty where there is nothing to say."""
+        if not self.distilled:
+            return ""
+        return (
+            f"this {self.family} model is distilled: it draws in a few steps, which fine-tuning takes from it, so that "
+            "the base model that it was made of is the better surrogate, and the better victim"
+        )
+
+    @property
     def denoiser(self) -> Any:
         """The network that predicts: a U-Net or a transformer."""
         return getattr(self, self.denoiser_name())
@@ -200,7 +211,12 @@ class Backbone(nn.Module, Family):
         """Images in [-1, 1] to the posterior of their latents."""
         if not (self.encodes_twice and images.requires_grad):
             return self.to_latents(images)
-        return checkpoint(self.to_latents, images, use_reentrant=False)
+        return checkpoint(
+            self.to_latents,
+            images,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), uncounted(self.vae.encoder)),
+        )
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
         """Latents to images in [-1, 1]."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -12,6 +13,17 @@ from torch import Tensor, nn
 RECORDED_ON = ("cuda",)  # kinds of devices
 PASSES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # images that each watched network has been given
 WARM_UPS = 2  # runs before the one that is recorded: libraries choose kernels and make workspaces in them
+
+
+@contextmanager
+def uncounted(network: nn.Module) -> Iterator[None]:
+    """Inside, images that a watched network is given do not count: they are computed again, and counted before."""
+    before = PASSES.get(network)
+    try:
+        yield
+    finally:
+        if before is not None:
+            PASSES[network] = before
 
 
 class Pool:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import AutoPipelineForImage2Image
+from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from jaxtyping import UInt8
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from antidreambooth.diffusion.backbone import Backbone
+from antidreambooth.diffusion.family import Family
 from antidreambooth.diffusion.precision import borrowing, full_precision, made_on_cpu, usual_device
 from antidreambooth.diffusion.sampling import eight_bits
-from antidreambooth.errors import require
+from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning import augmentation
 
 
@@ -36,6 +40,13 @@ class Scene:
 
 class Condition(ABC):
     """One thing that happens to photos; several may follow each other."""
+
+    def check(self, family: type[Family]) -> None:  # noqa: B027 (few need it)
+        """Looks whether it works with a family of base models, before anything is loaded.
+
+        Raises:
+            InputError: it does not.
+        """
 
     @abstractmethod
     def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
@@ -102,7 +113,7 @@ class Clean(Condition):
     Args:
         strength: share of the noise schedule that is added and taken away again.
         steps: sampling steps of the whole schedule.
-        guidance_scale: classifier-free guidance.
+        guidance_scale: classifier-free guidance; 1 is none, whatever the family's own scale begins with.
     """
 
     def __init__(self, strength: float = 0.2, steps: int = 50, guidance_scale: float = 1.0) -> None:
@@ -111,28 +122,54 @@ class Clean(Condition):
         require("guidance_scale", guidance_scale, 0)
         self.strength, self.steps, self.guidance_scale = strength, steps, guidance_scale
 
+    def check(self, family: type[Family]) -> None:
+        """Diffusers has an image-to-image pipeline of the family."""
+        if image_to_image(family) is None:
+            raise InputError(
+                f"diffusers has no image-to-image pipeline of {family.family} that adds noise to a photo: leave out "
+                "the condition Clean, or try it with another base model"
+            )
+
     def __call__(self, photos: UInt8[Tensor, "n 3 h w"], scene: Scene) -> UInt8[Tensor, "n 3 h w"]:
         """One photo at a time, each from noise of its own."""
         backbone, device = scene.backbone(), usual_device()
-        with made_on_cpu(), full_precision(device), borrowing(backbone, device):
+        self.check(type(backbone))
+        with made_on_cpu(), full_precision(device), torch.no_grad(), borrowing(backbone, device):
             return self._cleaned(backbone, photos, scene.seed)
 
     def _cleaned(self, backbone: Backbone, photos: Tensor, seed: int) -> Tensor:
-        pipeline = StableDiffusionImg2ImgPipeline(**backbone.pipeline().components, requires_safety_checker=False)
+        pipeline = AutoPipelineForImage2Image.from_pipe(backbone.pipeline())
         pipeline.set_progress_bar_config(disable=True)
+        name, none = backbone.guidance
+        scale = none + self.guidance_scale - 1
+        against = backbone.given(backbone.negative(1), "negative_") if backbone.guides(scale) else {}
+        sides = dict(zip(("height", "width"), photos.shape[-2:], strict=True))  # some take them from the photo
+        known = inspect.signature(pipeline.__call__).parameters
         cleaned = [
             pipeline(
-                prompt=backbone.defaults.class_prompt,
+                **backbone.given(backbone.embed([backbone.defaults.class_prompt])),
+                **against,
+                **{side: pixels for side, pixels in sides.items() if side in known},
+                **{name: scale},
                 image=photo[None].float() / 255,
                 strength=self.strength,
                 num_inference_steps=self.steps,
-                guidance_scale=self.guidance_scale,
                 generator=torch.Generator("cpu").manual_seed(seed + index),
                 output_type="pt",
             ).images
             for index, photo in enumerate(photos)
         ]
         return eight_bits(torch.cat(cleaned), backbone.defaults.class_prompt).cpu()
+
+
+def image_to_image(family: type[Family]) -> Any:
+    """The official pipeline that adds noise to a photo and takes it away again; None where a family has none.
+
+    Some pipelines of that kind take a photo as something to look at, which is another thing.
+    """
+    names = [name for name, kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if kind is family.official]
+    found = [AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.get(name) for name in names]
+    return next((one for one in found if one and "strength" in inspect.signature(one.__call__).parameters), None)
 
 
 class Mix(Condition):

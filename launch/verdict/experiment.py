@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from antidreambooth.diffusion.layout import resolution_of
+from antidreambooth.diffusion.layout import family_of, resolution_of
 from antidreambooth.diffusion.sampling import Generation
 from antidreambooth.diffusion.seeding import require_seed
 from antidreambooth.diffusion.source import Source
@@ -121,6 +121,9 @@ class Experiment:
         if BASE in self.protections:
             raise InputError(f"{BASE!r} is the name of the control that is always there: call that protection another")
         resolution_of(self.source)  # what is wrong with it is found before anybody's photos are cloaked
+        family = family_of(self.source)
+        for condition in (one for several in self.conditions.values() for one in several):
+            condition.check(family)
         for name, how in self.protections.items():
             origin_of(name, how)
         for name, how in self.victims.items():

@@ -67,13 +67,19 @@ class Traffic(TorchDispatchMode):
 
 
 def empty_on(backbone: Backbone, device: torch.device) -> Backbone:
-    """The backbone with weights and buffers of the same shapes on a device that holds no values."""
+    """The backbone with weights and buffers of the same shapes on a device that holds no values.
+
+    A tensor that is neither stays on the CPU, as it does where a true model is moved.
+    """
     for module in backbone.modules():
         for name, weight in module.named_parameters(recurse=False):
             made = torch.empty(weight.shape, dtype=weight.dtype, device=device)
             setattr(module, name, nn.Parameter(made, requires_grad=weight.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                setattr(module, name, torch.empty(value.shape, dtype=value.dtype, device="cpu"))
     return backbone
 
 

@@ -56,15 +56,16 @@ QUICK = ("aspl", "t-aspl", "advdm", "momentum", "l2", "transformed", "lora", "te
 EACH = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ROUNDS]
 VICTIMS: dict[str, tuple[Callable[[], Adaptation], bool]] = {  # what learns, and whether the text encoder does
     "full": (Full, True),
+    "denoiser": (Full, False),
     "lora": (lambda: LoRA(rank=2), False),
     "lora of the text encoder": (lambda: LoRA(rank=2), True),
     "textual inversion": (TextualInversion, False),
 }
 
 
-def photos(count: int, device: torch.device, seed: int = 0) -> Tensor:
+def photos(count: int, device: torch.device, seed: int = 0, side: int = 16) -> Tensor:
     """Pictures of nobody on a device, in [-1, 1]."""
-    return to_float(random_images(count, seed=seed)).to(device)
+    return to_float(random_images(count, side, seed)).to(device)
 
 
 class Ready(NamedTuple):
@@ -81,42 +82,44 @@ class Ready(NamedTuple):
         return alternate(*self)
 
 
-def canvas_of(settings: Settings, device: torch.device, seed: int = 0) -> Canvas:
+def canvas_of(settings: Settings, device: torch.device, seed: int = 0, side: int = 16) -> Canvas:
     """Three photos as the settings want them: of one size, or of three with a face, a mask, and without colour."""
     if isinstance(settings.parametrisation, Square):
-        return SquareCanvas(photos(3, device, seed))
+        return SquareCanvas(photos(3, device, seed, side))
     wide, grey, masked = random_images(3, 32, seed)
     allowed = torch.arange(32 * 32, device="cpu").view(32, 32) % 3 > 0
     reduced = [Reduced(wide[:, :24], (400, 300), ((100, 50, 180, 130),)), Reduced(grey, (90, 90), grey=True)]
-    return OwnSizeCanvas([*reduced, Reduced(masked, (32, 32), allowed=allowed)], 16).to(device)
+    return OwnSizeCanvas([*reduced, Reduced(masked, (32, 32), allowed=allowed)], side).to(device)
 
 
-def ready(name: str, models: Sequence[Backbone], device: torch.device, lend: Lend = plain_weights) -> Ready:
+def ready(
+    name: str, models: Sequence[Backbone], device: torch.device, lend: Lend = plain_weights, side: int = 16
+) -> Ready:
     """One of ``ROUNDS`` on loaded models, before its first round."""
     method, settings = ROUNDS[name]
     assembly = Assembly(METHODS[method], settings)
 
     def class_latents(backbone: Backbone, prior: PriorPreservation) -> Posterior:
-        return backbone.encode_all(photos(3, device, seed=2), 2)
+        return backbone.encode_all(photos(3, device, 2, side), 2)
 
     assembly.adopt(models if assembly.method.several else models[:1], class_latents, seed=0)
-    canvas = canvas_of(settings, device)
-    clean = canvas_of(settings, device, seed=1)
+    canvas = canvas_of(settings, device, side=side)
+    clean = canvas_of(settings, device, 1, side)
     surrogates = assembly.surrogates(canvas.images(canvas.blank), clean.lessons(clean.blank), lend)
     state = canvas.blank + assembly.attack.start(canvas, 0)
     return Ready(surrogates, canvas, state, assembly.attack, Turn(0, rounds=2))
 
 
 def a_victims_step(
-    name: str, backbone: Backbone, device: torch.device, lend: Lend = plain_weights
+    name: str, backbone: Backbone, device: torch.device, lend: Lend = plain_weights, side: int = 16
 ) -> Callable[[], Tensor]:
     """A training step of one of ``VICTIMS``, class images included; it gives the loss."""
     kind, text = VICTIMS[name]
     adaptation, turn = kind(), Turn(0)
     training = adaptation.surrogate_settings(replace(TRAINING, train_text_encoder=text), backbone.defaults)
-    classes = backbone.encode_all(photos(3, device, seed=2), 2)
+    classes = backbone.encode_all(photos(3, device, 2, side), 2)
     adaptation.apply(backbone, training, seed=0)
-    instances, weights = backbone.encode_all(photos(3, device), 2), lend(backbone, training)
+    instances, weights = backbone.encode_all(photos(3, device, side=side), 2), lend(backbone, training)
 
     def step() -> Tensor:
         (batch,) = turn.batches(1, 2, 3, device)

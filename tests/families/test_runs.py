@@ -1,8 +1,6 @@
-"""Every family through the real command line: a method's round, a victim, and the plain pipeline that loads it."""
+"""What a victim of each family has learned, in the plain pipeline of diffusers."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
@@ -16,16 +14,11 @@ from antidreambooth.finetuning import Full, LoRA
 from cli import main
 from tests.conftest import ROOT
 from tests.families.tiny import TINY, save
-from tests.helpers import refused
 
 QUICK = ("sdxl", "flux")
 FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY if name != "sd-v"]
 PROMPT = "a photo of sks person"
 SHORT = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
-ROUND = [
-    *("--trainer.max_epochs=1", "--model.pgd_steps=2", "--model.adaptation=LoRA"),
-    *("--model.surrogate.steps=1", "--model.surrogate.prior.images=2"),
-]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -55,18 +48,6 @@ def run(model, photos, tmp_path):
     return command
 
 
-@pytest.mark.parametrize("method", ["t-aspl", "advdm"])
-def test_a_round_moves_photos_within_the_budget(run, photos, method):
-    more = ROUND if method == "t-aspl" else ROUND[:2]
-    out = run(f"{method}.yaml", *more)
-    for file in photos.iterdir():
-        before, after = (np.asarray(Image.open(path)).astype(int) for path in (file, out / "cloaked" / file.name))
-        assert 0 < abs(after - before).max() <= 8
-    record = json.loads((out / "manifest.json").read_text())
-    learned = 4 if method == "t-aspl" else 0  # a step on clean and one on cloaked photos, each with a class image
-    assert record["passes"]["denoiser"] == 2 * 2 + learned
-
-
 @pytest.mark.parametrize("kind", ["dreambooth.yaml", "dreambooth-lora.yaml"])
 def test_the_plain_pipeline_loads_what_a_victim_has_learned(run, model, tmp_path, kind):
     """It draws what our own code draws of the result, which is not what the base model draws."""
@@ -93,13 +74,3 @@ def test_the_plain_pipeline_loads_what_a_victim_has_learned(run, model, tmp_path
         ours = pipeline(**given, height=32, width=32, num_inference_steps=2, output_type="latent").images
     torch.testing.assert_close(drawn, ours, rtol=1e-4, atol=1e-4)
     assert not torch.equal(sample(base, PROMPT, noise, steps=2), sample(own, PROMPT, noise, steps=2))
-
-
-@pytest.mark.parametrize("name", ["FluxKontextPipeline", "StableDiffusionXLInpaintPipeline", "Flux2Pipeline", None])
-def test_other_pipelines_are_refused_by_name(model, photos, tmp_path, name):
-    folder = tmp_path / "other"
-    folder.mkdir()
-    index = json.loads((model / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
-    config = f"--config={ROOT / 'configs' / 'advdm.yaml'}"
-    refused(["fit", config, f"--model.backbone={folder}", f"--data.photos={photos}"], f"is a {name}", "FluxPipeline")

@@ -1,7 +1,7 @@
 """What one rank does in the test of the strategies: the real modules under each of them, in one process group.
 
 Run by test_strategies.py, with torchrun's variables set, as
-``python -m tests.lightning_modules.ranks OUT MODEL PHOTOS NAMES``.
+``python -m tests.lightning_modules.ranks OUT MODEL FLOW PHOTOS NAMES``.
 """
 
 import os
@@ -25,9 +25,11 @@ from callbacks import TrainedModel
 from datamodules import Protection, Subject
 from lightning_modules import ASPL, DDP, FSDP2, DeepSpeed, Victim
 from lightning_modules.running.sharding import gathered
+from tests.families.tiny import SIDE
 
 SURROGATE = DreamBooth(learning_rate=1e-3, batch_size=2, steps=2, prior=PriorPreservation(weight=0.5, images=3))
 VICTIM = DreamBooth(learning_rate=1e-3, batch_size=2, steps=4, prior=PriorPreservation(weight=0.5, images=3))
+FLOWS = ("ddp", "fsdp")  # strategies that are tried on a flow, too: weights whole and split
 ROUNDS = 2
 RANKS = 2
 SEED = 5
@@ -104,8 +106,8 @@ def fit(out, name, module, data, epochs, checkpoint=None, precision="32-true", *
     return root / "checkpoints" / "last.ckpt"
 
 
-def main(out, model, photos, names):
-    """Every strategy: ASPL in one go, in two parts, without giving the weights back; and the victim."""
+def main(out, model, flow, photos, names):
+    """Every strategy: ASPL in one go, in two parts, without giving the weights back, on a flow; and the victim."""
     for name in names:
         protect = lambda: Protection(photos, resolution=16, parametrisation=Square())  # noqa: E731
         aspl = lambda: ASPL(backbone=model, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())  # noqa: E731
@@ -122,6 +124,9 @@ def main(out, model, photos, names):
         )
     for name in ("ddp", "zero-2"):
         fit(out, f"{name}_bf16", aspl(), protect(), ROUNDS, precision="bf16-mixed")
+    for name in FLOWS:
+        module = ASPL(backbone=flow, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())
+        fit(out, f"{name}_flow", module, Protection(photos, resolution=SIDE, parametrisation=Square()), ROUNDS)
     with patch.object(Weights, "restore", lambda self, kept: None):
         fit(out, "ddp_control", aspl(), protect(), ROUNDS)
 
@@ -131,8 +136,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     os.environ["PL_GLOBAL_SEED"] = str(SEED)
-    folder, base, pictures, wanted = sys.argv[1:]
-    main(Path(folder), base, pictures, wanted.split(","))
+    folder, base, other, pictures, wanted = sys.argv[1:]
+    main(Path(folder), base, other, pictures, wanted.split(","))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     sys.stdout.flush()

@@ -28,7 +28,8 @@ from cli import EXPECTED
 from datamodules import Protection
 from lightning_modules import ASPL
 from tests.conftest import ROOT
-from tests.lightning_modules.ranks import RANKS, ROUNDS, SEED, STRATEGIES, SURROGATE, VICTIM
+from tests.families.tiny import SIDE, save
+from tests.lightning_modules.ranks import FLOWS, RANKS, ROUNDS, SEED, STRATEGIES, SURROGATE, VICTIM
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +117,8 @@ def started(base):
         "OMP_NUM_THREADS": "1",
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
-    command = [sys.executable, "-m", "tests.lightning_modules.ranks", folder, model, folder / "photos", ",".join(NAMES)]
+    flow, names = save("flux", folder / "flow"), ",".join(NAMES)
+    command = [sys.executable, "-m", "tests.lightning_modules.ranks", folder, model, flow, folder / "photos", names]
     with ExitStack() as stack:
         logs = [stack.enter_context((folder / f"rank-{rank}.log").open("w+")) for rank in range(RANKS)]
         processes = [
@@ -143,19 +145,16 @@ def held(folder, run, rank=0):
     return load_file(folder / f"{run}-{rank}.safetensors")
 
 
-@pytest.fixture(scope="module")
-def ingredients(base, started):
-    model, folder = base
+def ingredients_of(model, folder, side):
+    """The model, photos, and latents of the class images that every run samples."""
     backbone = load_backbone(str(model))
-    images = to_float(torch.stack([photo.pixels for photo in load_photos(folder / "photos", 16)]))
-    pictures = class_images(backbone, backbone.defaults.class_prompt, 3, 16)
+    images = to_float(torch.stack([photo.pixels for photo in load_photos(folder / "photos", side)]))
+    pictures = class_images(backbone, backbone.defaults.class_prompt, 3, side)
     return backbone, images, backbone.encode_all(to_float(pictures), 4)
 
 
-@pytest.fixture(scope="module")
-def aspl(ingredients):
-    """Perturbation and weights after ROUNDS rounds in one process."""
-    base, images, classes = ingredients
+def rounds_of(base, images, classes):
+    """Perturbation and weights after ROUNDS rounds of ASPL in one process."""
     training = SURROGATE.completed(base.defaults)
     theta, cloaked = deepcopy(base), images
     Full().apply(theta, training, seed=0)
@@ -170,6 +169,24 @@ def aspl(ingredients):
         after.generators = prime.generators
         after.learn(theta.encode_all(cloaked, 4), classes)
     return perturbation, theta
+
+
+@pytest.fixture(scope="module")
+def ingredients(base, started):
+    model, folder = base
+    return ingredients_of(model, folder, 16)
+
+
+@pytest.fixture(scope="module")
+def aspl(ingredients):
+    return rounds_of(*ingredients)
+
+
+@pytest.fixture(scope="module")
+def flow(started):
+    """The same for a tiny FLUX.1: the untouched model, then what there is after the rounds."""
+    known = ingredients_of(started / "flow", started, SIDE)
+    return known[0], rounds_of(*known)
 
 
 @pytest.fixture(scope="module")
@@ -200,18 +217,29 @@ def apart(tensors, trained, untrained):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_equal_one_process_that_draws_their_noise(started, ingredients, aspl, name):
-    perturbation, theta = aspl
-    first, second = (held(started, f"{name}_aspl", rank) for rank in range(RANKS))
+    equal_one_process(started, f"{name}_aspl", name in ROUNDED, ingredients[0], *aspl)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_so_do_they_for_a_flow(started, flow, name):
+    """But for rounding: in one of three runs a weight's last digit differed under DDP, too; why is not known."""
+    untrained, after = flow
+    equal_one_process(started, f"{name}_flow", True, untrained, *after)
+
+
+def equal_one_process(started, run, rounded, untrained, perturbation, theta):
+    """Whether both ranks hold what one process has made."""
+    first, second = (held(started, run, rank) for rank in range(RANKS))
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert first["stray"] == 0
     differ = (first["perturbation"] != perturbation).float().mean()
-    if name in ROUNDED:
+    if rounded:
         assert differ < 0.005
-        assert apart(first, theta, ingredients[0]) < 0.01
+        assert apart(first, theta, untrained) < 0.01
     else:
         assert differ == 0
-        assert apart(first, theta, ingredients[0]) == 0
+        assert apart(first, theta, untrained) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

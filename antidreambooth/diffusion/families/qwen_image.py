@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -44,6 +45,15 @@ class QwenImage(Backbone):
         resolution=512,
     )
 
+    latents_mean: Tensor
+    latents_std: Tensor
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        for name in ("latents_mean", "latents_std"):  # on the device with the model, rather than sent there every time
+            values = torch.tensor(self.vae.config[name], dtype=torch.float32, device="cpu").view(1, -1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
     @classmethod
     def fits(cls, configs: Configs) -> Iterable[Pair]:
         """Channels of packed latents, width of texts."""
@@ -73,19 +83,15 @@ class QwenImage(Backbone):
 
     def to_latents(self, images: Float[Tensor, "n 3 h w"]) -> Posterior:
         """The posterior of latents, each channel normalised."""
-        latent, (mean, std) = self.vae.encode(images.unsqueeze(2)).latent_dist, self._scale(images)  # one frame
-        return Posterior((precise(latent.mean).squeeze(2) - mean) / std, precise(latent.std).squeeze(2) / std)
+        latent = self.vae.encode(images.unsqueeze(2)).latent_dist  # one frame
+        mean, std = precise(latent.mean).squeeze(2), precise(latent.std).squeeze(2)
+        return Posterior((mean - self.latents_mean) / self.latents_std, std / self.latents_std)
 
     def from_latents(self, latents: Float[Tensor, "n c h w"]) -> Tensor:
         """What the autoencoder's decoder makes of latents."""
-        mean, std = self._scale(latents)
-        pictures: Tensor = self.vae.decode((latents * std + mean).unsqueeze(2)).sample.squeeze(2)
+        latents = latents * self.latents_std + self.latents_mean
+        pictures: Tensor = self.vae.decode(latents.unsqueeze(2)).sample.squeeze(2)
         return pictures
-
-    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.vae.config
-        mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
-        return mean, std
 
     def encode_text(self, prompts: list[str]) -> Conditioning:
         """The last hidden states and, where a prompt is padded, which of them are words."""
