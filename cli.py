@@ -232,7 +232,7 @@ class OnlyParsed(CommandLine):
         settings = self.config[self.config.subcommand]
         require_numbers(settings)
         with named(settings):
-            parser.instantiate_classes(self.config)
+            parser.instantiate(self.config)
         raise Parsed(self.config)
 
 
