@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
+from antidreambooth.attack.objectives.ratio import require_decoys
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
@@ -113,6 +114,7 @@ def cloak(
     if chosen.several != (len(names) > 1):
         raise InputError(f"{method} attacks {'several models: give ensemble' if chosen.several else 'one model'}")
     assembly = Assembly(chosen, replace(settings or Settings(), budget=float(budget)))
+    require_decoys(assembly.attack.objective)
     where = device_named(device)
     side = shared_resolution(names, side)
     assembly.require_possible(names)

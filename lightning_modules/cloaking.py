@@ -14,6 +14,7 @@ from antidreambooth.attack.canvas import STEP, Canvas
 from antidreambooth.attack.cost import counted
 from antidreambooth.attack.methods import Assembly, Method, Settings
 from antidreambooth.attack.objectives import Objective
+from antidreambooth.attack.objectives.ratio import require_decoys
 from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
 from antidreambooth.attack.rounds import Outcome, Photos, alternate, require_vital
 from antidreambooth.attack.steps import StepRule
@@ -126,6 +127,8 @@ class Cloaking(BackboneModule):
         self.assembly = Assembly(self.method(), self.completed(settings), self._average)
         self.assembly.require_possible([self.source, *others])
         self.attack = self.assembly.attack
+        if not self.trains_decoys:
+            require_decoys(self.attack.objective)
         self.register_buffer("perturbation", torch.empty(0))
         self.register_buffer("memory", torch.empty(0))
         self.register_buffer("passes", torch.zeros(2, dtype=torch.int64))
@@ -136,6 +139,11 @@ class Cloaking(BackboneModule):
     def sources(self) -> list[Source]:
         """The base models, the first one first."""
         return [self.source, *Source.several(self.hparams.ensemble.backbones, self.source.frozen_weights)]
+
+    @property
+    def trains_decoys(self) -> bool:
+        """Whether models of nobody are trained before the attack, where the objective wants one."""
+        return False
 
     @property
     def encoder_only(self) -> bool:

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import ModelMixin
 from jsonargparse import Namespace
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CLIPTextModel
 
 import antidreambooth
 from antidreambooth.attack.methods import METHODS, Settings
+from antidreambooth.attack.objectives import LikelihoodRatio
 from antidreambooth.attack.steps import Momentum, NormalizedL2
 from antidreambooth.attack.surrogates import Offloaded
 from antidreambooth.diffusion.backbone import Backbone
@@ -61,10 +64,13 @@ def test_every_config_parses(config, capsys):
     assert printed["trainer"]["max_epochs"] == method.rounds
     assert model["init_args"]["pgd_steps"] == method.pgd_steps
     assert model["class_path"].endswith("ASPL" if method.surrogate == "alternating" else "FSMG")
-    assert (method.surrogate == "untouched") == (model["init_args"]["surrogate"] is None)
+    assert (method.surrogate in ("untouched", "none")) == (model["init_args"]["surrogate"] is None)
     assert method.several == bool(model["init_args"]["ensemble"]["backbones"])
     objective = model["init_args"]["objective"] or {"class_path": "Denoising"}
     assert objective["class_path"].endswith(type(method.objective()).__name__)
+    rule, wanted = model["init_args"]["step_rule"] or {"class_path": "Sign", "init_args": {}}, method.step_rule()
+    assert rule["class_path"].endswith(type(wanted).__name__)
+    assert all(value == getattr(wanted, name) for name, value in rule["init_args"].items())
 
 
 @pytest.mark.parametrize("config", EACH)
@@ -92,7 +98,8 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
         assert "samples" in events.Tags()["images"]
     assert "25/25" in capsys.readouterr().out  # the bar counts rounds
     models = 2 if METHODS[config].several else 1
-    steps = METHODS[config].pgd_steps * 3 + (6 * 2 if learning else 0)  # images a round, of each model
+    asked = {"none": 0}.get(METHODS[config].surrogate, 2 if config == "decoy" else 1)  # denoisers, of each model
+    steps = asked * METHODS[config].pgd_steps * 3 + (6 * 2 if learning else 0)  # images a round, of each model
     assert record["passes"]["denoiser"] == 25 * models * steps
 
 
@@ -109,7 +116,8 @@ def test_a_notebook_gets_the_same_pixels(
     if method.surrogate == "trained":
         backbones = [str(tmp_path / "out" / "surrogates" / slug(name) / "model") for name in backbones]
     shutil.copytree(tmp_path / "out" / "cloaked", tmp_path / "wanted")
-    settings = Settings(training=TRAINING)
+    nobody = tmp_path / "out" / "surrogates" / f"{slug(str(small_model))}-nobody" / "model"
+    settings = Settings(training=TRAINING, objective=LikelihoodRatio(str(nobody)) if config == "decoy" else None)
     images = [Image.open(path) for path in sorted(photos.iterdir())]
     first, *others = backbones
     cloaked = antidreambooth.cloak(images, first, config, ensemble=others, settings=settings, rounds=2, device="cpu")
@@ -516,6 +524,69 @@ def test_a_surrogate_is_trained_once_and_on_the_clean_photos(command, photos, tm
     assert files(tmp_path / "out") == first
     main(command("--overwrite", config="fsmg"))
     assert list(json.loads((surrogate / "manifest.json").read_text())["photos"]) == ["a.png", "b.jpg", "c.webp"]
+
+
+def test_a_nobody_is_drawn_and_learned_beside_the_person(command, small_model, tmp_path):
+    main(command(config="decoy"))
+    out = tmp_path / "out"
+    person = slug(str(small_model))
+    assert {path.name for path in (out / "surrogates").iterdir()} == {
+        person,
+        f"{person}-nobody",
+        f"{person}-nobody-pictures",
+    }
+    pictures = sorted((out / "surrogates" / f"{person}-nobody-pictures").iterdir())
+    assert len({path.read_bytes() for path in pictures}) == 4
+    model = out / "surrogates" / f"{person}-nobody"
+    assert list(manifest(model)["photos"]) == [path.name for path in pictures]
+    weights = [
+        out / "surrogates" / name / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+        for name in (person, f"{person}-nobody")
+    ]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    first, times = files(out), [path.stat().st_mtime_ns for path in weights]
+    main(command("--overwrite", config="decoy"))
+    assert files(out) == first
+    assert [path.stat().st_mtime_ns for path in weights] == times  # both are reused
+    given = ["--model.objective=LikelihoodRatio", f"--model.objective.decoy={model / 'model'}"]
+    main(command(*given, "--model.step_rule=Momentum", config="decoy", out="given"))
+    assert {path.name for path in (tmp_path / "given" / "surrogates").iterdir()} == {person}
+    main(command("--model.objective=Denoising", config="decoy", out="plain"))
+    assert files(out)["a.png"] != files(tmp_path / "plain")["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        ("aspl", ["--model.objective=LikelihoodRatio"], "needs a model that was taught a nobody"),
+        ("advdm", ["--model.objective=LikelihoodRatio"], "run configs/decoy.yaml"),
+        ("e-fsmg", ["--model.objective=LikelihoodRatio"], "one decoy is trained, for one base model"),
+        ("aspl", ["--model.objective=EncoderTarget"], "asks the encoder alone, which no surrogate changes"),
+        ("advdm", ["--model.objective=EncoderAway"], "random_start true"),
+        ("photoguard", ["--trainer.callbacks+=SampleGrid"], "leave it out of --trainer.callbacks"),
+    ],
+)
+def test_objectives_that_do_not_fit_are_refused_before_anything_is_trained(command, config, flags, message, tmp_path):
+    refused(command(*flags, config=config), message)
+    assert not (tmp_path / "out" / "surrogates").exists()
+
+
+@pytest.mark.parametrize("config", ["photoguard", "pid"])
+def test_a_method_on_the_encoder_loads_nothing_else(command, config, tmp_path, monkeypatch):
+    loaded, whole = [], ModelMixin.from_pretrained.__func__
+
+    def noting(kind, *arguments, **options):
+        loaded.append(kind.__name__)
+        return whole(kind, *arguments, **options)
+
+    monkeypatch.setattr(ModelMixin, "from_pretrained", classmethod(noting))
+    monkeypatch.setattr(CLIPTextModel, "from_pretrained", lambda *_, **__: pytest.fail("a text encoder was loaded"))
+    main(command(config=config, rounds=1))
+    assert loaded == ["AutoencoderKL"]
+    record = manifest(tmp_path / "out")
+    again = 2 if config == "pid" else 1  # each step also encodes the clean photos, as it sees another part of them
+    assert record["passes"] == {"denoiser": 0, "encoder": 10 * 3 * again}
+    assert record["settings"]["model"]["prompts"] == []
 
 
 def test_the_fixed_surrogate_is_what_is_attacked(command, tmp_path):
