@@ -74,10 +74,12 @@ class FSMG(Cloaking):
     def build(self) -> None:
         """Also says which model of nobody was trained."""
         for ratio in decoys(self.attack.objective):
-            # Without any (a dry run) the base model stands in for it, too.
-            root, trained = Path(self.trainer.default_root_dir), self.hparams.surrogate is not None
-            place = str(nobody_folder(root, self.source) / Full.folder) if trained else None
-            ratio.trained = Source(place, frozen_weights=self.source.frozen_weights) if place else self.source
+            if self.hparams.surrogate is None:  # a dry run; by another prompt, as equal losses have no gradient
+                ratio.trained = self.source, ""
+                continue
+            place = nobody_folder(Path(self.trainer.default_root_dir), self.source) / Full.folder
+            nobody = Source(str(place), frozen_weights=self.source.frozen_weights)
+            ratio.trained = nobody, instance_prompt(nobody)
         super().build()
 
     def method(self) -> Method:
@@ -111,9 +113,7 @@ class FSMG(Cloaking):
             return [self.hparams.prompt] * len(self.sources)
         if self.hparams.surrogate is None:
             return None
-        files = [Path(source.name).parent / "manifest.json" for source in self.sources]
-        records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        return [record["settings"]["model"]["training"]["instance_prompt"] for record in records]
+        return [instance_prompt(source) for source in self.sources]
 
     def memory_savers(self) -> list[str]:
         """Also checkpointing."""
@@ -123,6 +123,13 @@ class FSMG(Cloaking):
     def effective(self) -> dict[str, Any]:
         """Also the prompts."""
         return {**super().effective(), "prompts": self.assembly.prompts}
+
+
+def instance_prompt(surrogate: Source) -> str:
+    """What a surrogate of ours was trained on."""
+    record = json.loads((Path(surrogate.name).parent / "manifest.json").read_text(encoding="utf-8"))
+    prompt: str = record["settings"]["model"]["training"]["instance_prompt"]
+    return prompt
 
 
 def surrogate_folder(root: Path, source: Source) -> Path:

@@ -177,7 +177,7 @@ class Backbone(nn.Module, Family):
     @property
     def advice(self) -> str:
         """A line for whoever is about to fit it; empty where there is nothing to say."""
-        if not self.distilled:
+        if self.denoiser is None or not self.distilled:
             return ""
         return (
             f"this {self.family} model is distilled: it draws in a few steps, which fine-tuning takes from it, so that "

@@ -49,7 +49,8 @@ class LikelihoodRatio(Denoising):
     ) -> None:
         super().__init__(timesteps, detached_target)
         self.decoy, self.prompt = decoy, prompt
-        self.trained: Source | None = None  # by the run itself, which is not what the user has chosen
+        # A model that the run itself trains, and its prompt: not what the user has chosen, and so no setting.
+        self.trained: tuple[Source, str] | None = None
         self._known: WeakKeyDictionary[Backbone, tuple[Backbone, Conditioning]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,11 +75,20 @@ class LikelihoodRatio(Denoising):
             )
 
     def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:
-        """Loads the nobody's model, and asks its text encoders once."""
-        if self._known is None:
-            self._known = WeakKeyDictionary()
-        if backbone not in self._known:
-            self._known[backbone] = self._loaded(backbone)
+        """Loads the nobody's model, where it is not there, and asks its text encoders once."""
+        if self._known is None or backbone not in self._known:
+            self.oppose(backbone, *self._loaded(backbone))
+
+    def oppose(self, backbone: Backbone, nobody: Backbone, known_as: Conditioning) -> None:
+        """Takes a model of nobody that is in memory.
+
+        Args:
+            backbone: the surrogate's, which it is compared with.
+            nobody: where the surrogate is.
+            known_as: what it is asked for.
+        """
+        self._known = self._known or WeakKeyDictionary()
+        self._known[backbone] = nobody, known_as
 
     def __call__(
         self,
@@ -95,11 +105,8 @@ class LikelihoodRatio(Denoising):
 
     def _loaded(self, backbone: Backbone) -> tuple[Backbone, Conditioning]:
         """The nobody's model where the person's is, without text encoders, and what it is asked for."""
-        source, device = Source.of(self.trained or self.decoy), backbone.device
-        place = locate(source)
-        known_as = self.prompt or (person_in(place) if isinstance(place, Path) and not source.file else None)
-        prompt = known_as or DreamBooth().instance_prompt
-        model = load_backbone(source)
+        source, prompt = self._chosen()
+        model, device = load_backbone(source), backbone.device
         if has_own_memory(device):
             model.rest_text_encoders(device, [[prompt]])
         model.to(device)
@@ -109,6 +116,15 @@ class LikelihoodRatio(Denoising):
             delattr(model, name)  # large, and not asked again
         model.checkpoint(bool(getattr(backbone.denoiser, "is_gradient_checkpointing", False)))
         return model, embedding
+
+    def _chosen(self) -> tuple[Source, str]:
+        """Which model, and what it knows the nobody as."""
+        if self.trained is not None:
+            return self.trained
+        source = Source.of(self.decoy)
+        place = locate(source)
+        noted = person_in(place) if isinstance(place, Path) and not source.file else None
+        return source, self.prompt or noted or DreamBooth().instance_prompt
 
 
 def decoys(objective: Objective) -> list[LikelihoodRatio]:
