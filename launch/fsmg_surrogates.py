@@ -12,14 +12,16 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 from lightning import Trainer
+from tqdm import tqdm
 
 from antidreambooth.attack.objectives.ratio import decoys
-from antidreambooth.diffusion.class_images import BATCH
+from antidreambooth.diffusion.class_images import BATCH, class_images
 from antidreambooth.diffusion.layout import read_defaults
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import has_own_memory
@@ -135,12 +137,14 @@ def draw_nobody(trainer: Trainer, module: FSMG, folder: Path) -> None:
         folder: where they are written.
     """
     device, prompt = trainer.strategy.root_device, read_defaults(module.source).class_prompt
-    backbone = load_backbone(module.source)
+    backbone, shown = load_backbone(module.source), partial(tqdm, desc="pictures of nobody")
     # Class images, which both models know, have seed 0; a run's seed is never below it.
     with trainer.precision_plugin.forward_context():
         if has_own_memory(device):
             backbone.rest_text_encoders(device, [[prompt] * BATCH])
-        pictures = module.draw(backbone.to(device), prompt, PICTURES, module.resolution, seed=module.seed + 1)
+        pictures = class_images(
+            backbone.to(device), prompt, PICTURES, module.resolution, seed=module.seed + 1, progress=shown
+        )
     for number, picture in enumerate(pictures):
         write_png(folder / f"{number}.png", picture)
 

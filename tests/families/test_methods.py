@@ -147,7 +147,14 @@ def passes(method: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [often(name, method, when=method in OFTEN) for name in MODELS for method in METHODS]
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=pytest.mark.slow)  # trains two models first
+        if (name, method) == ("sdxl", "decoy")
+        else often(name, method, when=method in OFTEN)
+        for name in MODELS
+        for method in METHODS
+    ],
 )
 def test_a_method_cloaks(command, name, method, tmp_path):
     spread = []
