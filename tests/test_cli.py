@@ -402,10 +402,12 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(command, tmp_path):
 
 @pytest.mark.parametrize("config", EACH)
 def test_going_on_equals_not_stopping(command, config, tmp_path, noted):
-    main(command(config=config, rounds=3, out="whole"))
-    main(command(config=config, rounds=1, out="parts"))
+    # A falling step size knows the run's end, so that one of fewer rounds is no part of it.
+    flags = ["--model.step_rule=Momentum"] if METHODS[config].step_rule().schedule != "constant" else []
+    main(command(*flags, config=config, rounds=3, out="whole"))
+    main(command(*flags, config=config, rounds=1, out="parts"))
     rounds = noted(Cloaking)
-    main(command("--ckpt_path=last", config=config, rounds=3, out="parts"))
+    main(command(*flags, "--ckpt_path=last", config=config, rounds=3, out="parts"))
     assert rounds == [1, 2]
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
