@@ -214,8 +214,12 @@ def command(small_model, small_v_model, photos, tmp_path):
 
     def build(*more: str, config: str | Path = "aspl", rounds: int = 2, out: str = "out") -> list[str]:
         path = ROOT / "configs" / f"{config}.yaml" if isinstance(config, str) else config
-        fixed = {"advdm": [], "fsmg": [f"--model.surrogate={SURROGATE}"]}
         learning = ["--model.surrogate.learning_rate=1e-3", "--model.surrogate.prior.images=4"]
+        fixed = {
+            "advdm": [],
+            "fsmg": [f"--model.surrogate={SURROGATE}"],
+            "metacloak": [*learning, "--model.surrogate.steps=5"],
+        }
         several = [f"--model.ensemble.backbones=[{small_v_model}]"] if path.stem.startswith("e-") else []
         return [
             "fit",

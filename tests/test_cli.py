@@ -60,7 +60,9 @@ def test_every_config_parses(config, capsys):
     method, model = METHODS[config], printed["model"]
     assert printed["trainer"]["max_epochs"] == method.rounds
     assert model["init_args"]["pgd_steps"] == method.pgd_steps
-    assert model["class_path"].endswith("ASPL" if method.surrogate == "alternating" else "FSMG")
+    assert model["class_path"].endswith({"alternating": "ASPL", "pool": "MetaCloak"}.get(method.surrogate, "FSMG"))
+    adaptation = model["init_args"].get("adaptation") or {"class_path": "Full"}
+    assert adaptation["class_path"].endswith(type(method.adaptation()).__name__)
     assert (method.surrogate == "untouched") == (model["init_args"]["surrogate"] is None)
     assert method.several == bool(model["init_args"]["ensemble"]["backbones"])
     objective = model["init_args"]["objective"] or {"class_path": "Denoising"}
@@ -86,14 +88,15 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
     assert scalars <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("pgd/objective")] == list(range(1, 26))
     learning = METHODS[config].surrogate == "alternating"
-    assert (max(event.value for event in events.Scalars("surrogate/clean_loss")) > 0) == learning
+    trained = 5 * 2 * 2 if METHODS[config].surrogate == "pool" else 0  # images in all, once
+    assert (max(event.value for event in events.Scalars("surrogate/clean_loss")) > 0) == (learning or trained > 0)
     if learning:
         assert (out / "samples" / "round-025.png").is_file()
         assert "samples" in events.Tags()["images"]
     assert "25/25" in capsys.readouterr().out  # the bar counts rounds
     models = 2 if METHODS[config].several else 1
     steps = METHODS[config].pgd_steps * 3 + (6 * 2 if learning else 0)  # images a round, of each model
-    assert record["passes"]["denoiser"] == 25 * models * steps
+    assert record["passes"]["denoiser"] == 25 * models * steps + trained
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -109,7 +112,7 @@ def test_a_notebook_gets_the_same_pixels(
     if method.surrogate == "trained":
         backbones = [str(tmp_path / "out" / "surrogates" / slug(name) / "model") for name in backbones]
     shutil.copytree(tmp_path / "out" / "cloaked", tmp_path / "wanted")
-    settings = Settings(training=TRAINING)
+    settings = Settings(training=replace(TRAINING, steps=5) if method.surrogate == "pool" else TRAINING)
     images = [Image.open(path) for path in sorted(photos.iterdir())]
     first, *others = backbones
     cloaked = antidreambooth.cloak(images, first, config, ensemble=others, settings=settings, rounds=2, device="cpu")

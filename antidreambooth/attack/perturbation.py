@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -18,11 +18,12 @@ from antidreambooth.attack.objectives import Denoising, Objective
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior, frozen
+from antidreambooth.diffusion.densities import LargestGradient
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.precision import cast_once
 from antidreambooth.diffusion.recording import Recording
 from antidreambooth.diffusion.seeding import Turn, uniform
-from antidreambooth.errors import require
+from antidreambooth.errors import InputError, require
 from antidreambooth.photos.resampling import grid_size
 
 
@@ -55,6 +56,20 @@ def random_change(size: tuple[int, int], side: int, budget: float, seed: int) ->
     signs = torch.randint(0, 2, (1, 3, height, width), generator=generator, device="cpu") * 2.0 - 1
     enlarged = interpolate(signs * int(budget), size[::-1], mode="bilinear")[0]
     return enlarged.round().to(torch.int16).permute(1, 2, 0)
+
+
+def samplers(part: Any) -> Iterator[LargestGradient]:
+    """The timestep samplers of an objective that want to know the gradients, at whatever depth they are.
+
+    Args:
+        part: an objective, or a term of a sum that holds one.
+    """
+    for value in vars(part).values():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, LargestGradient):
+                yield one
+            elif isinstance(one, Objective) or hasattr(one, "objective"):
+                yield from samplers(one)
 
 
 class Ascent(NamedTuple):
@@ -147,6 +162,13 @@ class PGD:
         require("pgd_steps", self.steps, 1)  # as whoever gives it calls it
         require("micro_batch", self.micro_batch, 1)
         require("draws", self.draws, 1)
+        if self.draws > 1 and self.samplers:
+            raise InputError("LargestGradient looks at one draw a step: leave out draws, or use Uniform")
+
+    @property
+    def samplers(self) -> list[LargestGradient]:
+        """The objective's timestep samplers that learn from the gradients."""
+        return list(samplers(self.objective))
 
     @property
     def effective_step_size(self) -> float:
@@ -158,7 +180,12 @@ class PGD:
         return canvas.project(state, self.budget * STEP)
 
     def start(self, canvas: Canvas, seed: int) -> Tensor:
-        """The perturbation before the first step: nothing, or noise that is the same on every rank and device."""
+        """The perturbation before the first step: nothing, or noise that is the same on every rank and device.
+
+        What timestep samplers know of the photos of another run is forgotten.
+        """
+        for sampler in self.samplers:
+            sampler.begin()
         blank = canvas.blank
         if not self.rule.random_start:
             return torch.zeros_like(blank)
@@ -189,6 +216,7 @@ class PGD:
         backbone = surrogate.backbone
         memory = canvas.begin(self.rule) if memory is None or not self.rule.lasting else memory
         total, slope, latents = torch.zeros((3,), device=state.device, dtype=torch.float32)
+        watching = self.samplers
         # A recording rounds weights by itself: it reads those that stay where they are.
         rounded = nullcontext() if self.recorded else cast_once(backbone.denoiser, backbone.vae.encoder)
         with frozen(backbone), rounded:
@@ -198,6 +226,8 @@ class PGD:
                 images = canvas.images(state, looks)
                 draws = [self.objective.draw(backbone, images, generator) for _ in range(self.draws)]
                 ascent = self._gradient(backbone, images, embedding, draws)
+                for sampler in watching:
+                    sampler.observe(ascent.gradient.abs().flatten(1).mean(dim=1), self.reduce)
                 gradient = self.reduce(canvas.gradient(ascent.gradient, looks))
                 direction, memory = canvas.direction(self.rule, gradient, memory)
                 step = size * self.rule.factor(turn.progress(number / self.steps))
