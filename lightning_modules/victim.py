@@ -77,7 +77,8 @@ class Victim(Training):
             memory (for --trainer.precision bf16-mixed, which rounds to it anyway), ``nf4`` an eighth of the denoiser's
             (also on CUDA, with bitsandbytes, for a LoRA).
         resolution: side of the pictures in pixels; what the backbone was made for when not given.
-        adaptation: what is trained: Full, CrossAttention, LoRA or TextualInversion (Untrained for a test of the base model).
+        adaptation: what is trained: Full, CrossAttention, LoRA or TextualInversion (Untrained for a test of the base
+            model).
         training: how.
         augmentation: what the attacker's pipeline does to photos.
         optimization: schedule and kind of the optimizer.

@@ -121,4 +121,5 @@ class LargestGradient(TimestepSampler):
         self.table = self.known(len(here), here.device) + reduce(torch.stack([here * magnitudes[:, None], here]))
 
     def _marked(self, windows: Int[Tensor, " n"]) -> Bool[Tensor, "n windows"]:
-        return windows[:, None] == torch.arange(self.windows, device=windows.device)
+        marked: Tensor = windows[:, None] == torch.arange(self.windows, device=windows.device)
+        return marked

@@ -17,8 +17,9 @@ class CrossAttention(Full):
 
     CAAT (arXiv:2404.15081) does so in a surrogate, Custom Diffusion (arXiv:2212.04488) in an attacker's model. In a
     U-Net, and in Sana, these are the keys and values of the cross-attention. Stable Diffusion 3, FLUX, FLUX.2 and Qwen
-    Image attend to text and picture at once, with layers of the text's own: these learn (FLUX's later blocks have none).
-    In Z-Image and Lumina 2 one layer makes the keys of text and picture alike: there it learns, for both.
+    Image attend to text and picture at once, with layers of the text's own: these learn (FLUX's later
+    blocks have none). In Z-Image and Lumina 2 one layer makes the keys of text and picture alike: there it learns, for
+    both.
 
     Saved as a whole pipeline's folder, ``model/``. The text encoder learns only if ``train_text_encoder`` says so.
     """
@@ -29,9 +30,8 @@ class CrossAttention(Full):
 
     def prepare(self, backbone: Backbone, train_text_encoder: bool) -> None:
         """Unfreezes these layers."""
-        layers = [
-            layer for name, layer in backbone.denoiser.named_modules() if re.fullmatch(backbone.text_layers, name)
-        ]
+        parts, wanted = backbone.denoiser.named_modules(), re.compile(backbone.text_layers)
+        layers = [layer for name, layer in parts if wanted.fullmatch(name)]
         if not layers:
             raise InputError(f"this {backbone.family} model has no layers for keys and values of the text: use LoRA")
         for part in [*layers, *(learning_encoders(backbone) if train_text_encoder else [])]:

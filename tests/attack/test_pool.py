@@ -54,7 +54,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("adaptation", [None, LoRA(rank=2)], ids=["full", "lora"])
 def test_each_round_attacks_the_next_member_and_leaves_the_base_model(backbone, adaptation):
-    ticks = []
+    ticks: list[int] = []
     pool = pooled(backbone, adaptation, ticks=ticks)
     base = values(backbone)
     found = [attacked(pool, number) for number in range(4)]
