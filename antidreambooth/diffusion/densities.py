@@ -107,7 +107,8 @@ class LargestGradient(TimestepSampler):
         chance, *numbers, place = uniform((self.windows + 2, count), generator)
         wanted = torch.where(rare.any(dim=1, keepdim=True), rare, best | (chance < self.explore)[:, None])
         self.drawn = (torch.stack(numbers, dim=1) - 2 * ~wanted).argmax(dim=1)  # one of the wanted, with equal chance
-        return ((self.drawn + place) * (total / self.windows)).long().clamp(max=total - 1)
+        timesteps: Tensor = ((self.drawn + place) * (total / self.windows)).long()
+        return timesteps.clamp(max=total - 1)
 
     def observe(self, magnitudes: Float[Tensor, " n"], reduce: Callable[[Tensor], Tensor]) -> None:
         """Takes note of how large each image's gradient was at the timesteps that were drawn last.
