@@ -110,7 +110,7 @@ def fit(out, name, module, data, epochs, checkpoint=None, precision="32-true", *
 
 
 def main(out, model, flow, photos, names):
-    """Every strategy: ASPL in one go, in two parts, without giving the weights back, on a flow; a pool; timesteps by gradient; the victim."""
+    """Every strategy: ASPL in one go, in two parts, weights not given back, a flow, a victim; a pool; timesteps."""
     for name in names:
         protect = lambda: Protection(photos, resolution=16, parametrisation=Square())  # noqa: E731
         aspl = lambda: ASPL(backbone=model, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())  # noqa: E731
