@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -17,6 +17,7 @@ from antidreambooth.attack.canvas import STEP, Canvas
 from antidreambooth.attack.objectives import Denoising, Objective
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
+from antidreambooth.attack.transforms import JPEGCodec, Transform
 from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior, frozen
 from antidreambooth.diffusion.densities import LargestGradient
 from antidreambooth.diffusion.draws import Draw
@@ -25,6 +26,8 @@ from antidreambooth.diffusion.recording import Recording
 from antidreambooth.diffusion.seeding import Turn, uniform
 from antidreambooth.errors import InputError, require
 from antidreambooth.photos.resampling import grid_size
+
+T = TypeVar("T")
 
 
 def alone(gradient: Tensor) -> Tensor:
@@ -58,18 +61,19 @@ def random_change(size: tuple[int, int], side: int, budget: float, seed: int) ->
     return enlarged.round().to(torch.int16).permute(1, 2, 0)
 
 
-def samplers(part: Any) -> Iterator[LargestGradient]:
-    """The timestep samplers of an objective that want to know the gradients, at whatever depth they are.
+def inside(part: Any, kind: type[T]) -> Iterator[T]:
+    """What of a kind an objective is made of, such as transforms or timestep samplers, at whatever depth.
 
     Args:
-        part: an objective, or a term of a sum that holds one.
+        part: an objective, or something in one.
+        kind: a class.
     """
     for value in vars(part).values():
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, LargestGradient):
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, kind):
                 yield one
-            elif isinstance(one, Objective) or hasattr(one, "objective"):
-                yield from samplers(one)
+            if isinstance(one, Objective | Transform) or hasattr(one, "objective"):  # the latter is a term of a sum
+                yield from inside(one, kind)
 
 
 class Ascent(NamedTuple):
@@ -165,10 +169,13 @@ class PGD:
         if self.draws > 1 and self.samplers:
             raise InputError("LargestGradient looks at one draw a step: leave out draws, or use Uniform")
 
+        if self.recorded and next(inside(self.objective, JPEGCodec), None):
+            raise InputError("JPEGCodec runs on the CPU: use JPEG, or leave out execution.recorded")
+
     @property
     def samplers(self) -> list[LargestGradient]:
         """The objective's timestep samplers that learn from the gradients."""
-        return list(samplers(self.objective))
+        return list(inside(self.objective, LargestGradient))
 
     @property
     def effective_step_size(self) -> float:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from antidreambooth.attack.objectives import Transformed
+from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.transforms import JPEG, Blur, Chain, Crop, Flip, JPEGCodec, Rescale
 from antidreambooth.attack.transforms.jpeg import _coded
 from antidreambooth.diffusion.seeding import Turn
@@ -118,6 +120,12 @@ def test_a_chain_is_its_transforms_in_order_or_nothing():
     assert torch.equal(found[::2], wanted[::2])
     assert torch.equal(found[1::2], images[1::2])
     assert chain.draw(5, generator()).shape == (5, 3)
+
+
+def test_the_codec_is_no_part_of_a_recording():
+    PGD(objective=Transformed([Chain([JPEG()])]), recorded=True)
+    with pytest.raises(InputError, match="leave out execution"):
+        PGD(objective=Transformed([Flip(), Chain([JPEGCodec()])]), recorded=True)
 
 
 @pytest.mark.parametrize(

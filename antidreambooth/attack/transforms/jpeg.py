@@ -86,6 +86,15 @@ def _tables(device: torch.device) -> Float[Tensor, "2 8 8"]:
     return torch.tensor([found[0], found[1]], device=device, dtype=torch.float32).view(2, BLOCK, BLOCK)
 
 
+@cache
+@torch.inference_mode(False)
+def _colours(device: torch.device) -> tuple[Float[Tensor, "3 3"], Float[Tensor, "3 3"]]:
+    """From red, green and blue to brightness and colour, and back; copied to a device once."""
+    turn = torch.tensor(COLOURS, device="cpu", dtype=torch.float64)
+    there, back = turn.float().to(device), torch.linalg.inv(turn).float().to(device)
+    return there, back
+
+
 def _scaled(quality: Float[Tensor, " n"], tables: Float[Tensor, "2 8 8"]) -> Float[Tensor, "n 2 8 8"]:
     """The steps at each picture's quality, by libjpeg's rule."""
     percent = torch.where(quality < 50, torch.floor(5000 / quality), 200 - 2 * quality)
@@ -96,10 +105,10 @@ def _compressed(images: Float[Tensor, "n 3 h w"], tables: Float[Tensor, "n 2 8 8
     """Pictures through all steps of the codec."""
     height, width = images.shape[2:]
     whole = _filled(_filled((images + 1) * 127.5).mT).mT
-    turn = images.new_tensor(COLOURS)
+    turn, back_again = _colours(images.device)
     luma, *chroma = (torch.einsum("cd,ndhw->nchw", turn, whole)).unbind(dim=1)
     parts = [_coded(luma - 128, tables[:, 0]) + 128, *(_colour(plane, tables[:, 1]) for plane in chroma)]
-    back = torch.einsum("cd,ndhw->nchw", torch.linalg.inv(turn), torch.stack(parts, dim=1))
+    back = torch.einsum("cd,ndhw->nchw", back_again, torch.stack(parts, dim=1))
     return (back[..., :height, :width].clamp(0, 255)) / 127.5 - 1
 
 
