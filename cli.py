@@ -147,7 +147,7 @@ class CommandLine(LightningCLI):
         overwrite, chosen.overwrite = chosen.overwrite, False  # the config that is kept may be used again
         self.config_init.fit.ckpt_path = begin_fit(self.trainer, self.datamodule, chosen.ckpt_path, overwrite)
         if isinstance(self.model, FSMG):
-            train_surrogates(self.model, self.config.fit, main, overwrite)
+            train_surrogates(self.trainer, self.model, self.config.fit, main, overwrite)
 
     def before_test(self) -> None:
         """Looks at what is in the folder."""
@@ -232,7 +232,7 @@ class OnlyParsed(CommandLine):
         settings = self.config[self.config.subcommand]
         require_numbers(settings)
         with named(settings):
-            parser.instantiate_classes(self.config)
+            parser.instantiate(self.config)
         raise Parsed(self.config)
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
+from antidreambooth.attack.objectives.ratio import require_decoys
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
@@ -63,13 +64,14 @@ def cloak(
         images: photos of any size: paths, Pillow images, or arrays of uint8 (h w 3, in sRGB), in any mixture.
         backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id; or a ``Source``, which is one of
             these with a revision or a variant of the weights, one ``.safetensors`` file with a folder of the other
-            components, or how weights are held (``frozen_weights``, for large models). For ``fsmg``, ``t-fsmg`` and
-            ``e-fsmg`` a model that was trained on the person, such as ``model/`` of ``fit -c configs/dreambooth.yaml``;
-            the ``manifest.json`` beside such a ``model/`` says that it was, and by which prompt it knows the person.
-            The embedded model is refused for these methods, and so is one whose manifest speaks of no person; of one
-            without a manifest, a warning says that it is not known whether it was.
-        method: ``aspl``, ``t-aspl``, ``e-aspl``, ``fsmg``, ``t-fsmg``, ``e-fsmg``, ``advdm``, ``simac``, ``caat`` or
-            ``metacloak``.
+            components, or how weights are held (``frozen_weights``, for large models). For ``fsmg``, ``t-fsmg``,
+            ``e-fsmg`` and ``decoy`` a model that was trained on the person, such as ``model/`` of ``fit -c
+            configs/dreambooth.yaml``; the ``manifest.json`` beside such a ``model/`` says that it was, and by which
+            prompt it knows the person. The embedded model is refused for these methods, and so is one whose manifest
+            speaks of no person; of one without a manifest, a warning says that it is not known whether it was.
+        method: ``aspl``, ``t-aspl``, ``e-aspl``, ``fsmg``, ``t-fsmg``, ``e-fsmg``, ``advdm``, ``mist``, ``ace``,
+            ``sds``, ``photoguard``, ``pid``, ``simac``, ``caat``, ``metacloak``, or ``decoy`` with
+            ``Settings(objective=LikelihoodRatio(decoy=FOLDER))``.
         budget: largest change of a pixel's value, in 8-bit steps.
         clean_images: other photos of the person, which the surrogate learns from; ``images`` when not given.
         ensemble: further base models, for ``e-aspl`` and ``e-fsmg``.
@@ -114,9 +116,10 @@ def cloak(
     if chosen.several != (len(names) > 1):
         raise InputError(f"{method} attacks {'several models: give ensemble' if chosen.several else 'one model'}")
     assembly = Assembly(chosen, replace(settings or Settings(), budget=float(budget)))
+    require_decoys(assembly.attack.objective)
     where = device_named(device)
     side = shared_resolution(names, side)
-    assembly.require_learnable(names)
+    assembly.require_possible(names)
     prompts = [trained_prompt(source, assembly.settings) for source in names] if chosen.surrogate == "trained" else None
     take = assembly.settings.parametrisation.take
     with unaffected(where):
@@ -145,7 +148,7 @@ def _cloaked(
         raise InputError(f"{where} does not compute in bf16: leave out frozen_weights, or choose another device")
     models = []
     for number, name in enumerate(names):
-        model = load_backbone(name)
+        model = load_backbone(name, assembly.encoder_only)
         asked = assembly.asks(model, prompts[number] if prompts else None)
         if asked and has_own_memory(where):
             with torch.autocast(where.type, torch.bfloat16, enabled=low):

@@ -47,6 +47,14 @@ class SampleGrid(Callback):
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a run that loads no denoiser to draw with."""
+        if getattr(pl_module, "encoder_only", False):
+            raise InputError(
+                "a method on the encoder alone loads no denoiser, and SampleGrid draws with one: leave it out of "
+                "--trainer.callbacks"
+            )
+
     def asks(self, pl_module: Any) -> list[list[str]]:
         """The lists of prompts that the grids ask text encoders for, so that a module can embed them in time."""
         return [[pl_module.prompt(prompt)] * self.count for prompt in self.prompts]

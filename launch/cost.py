@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
+from antidreambooth.attack.objectives import LikelihoodRatio
 from antidreambooth.attack.parametrisation import Square
 from antidreambooth.diffusion.class_images import cache_folder
 from antidreambooth.diffusion.defaults import given
@@ -100,7 +101,7 @@ def footprint_of_cloak(settings: Namespace, parse: Parse, keep_models: bool = Fa
     surrogate, kept, weights = model.get("surrogate"), 0, 0
     drawn: dict[tuple[Source, str, int], int] = {}
     if isinstance(surrogate, str):  # FSMG: a model is trained before the attack
-        trained = sum(sum(size.values()) for size in sizes)
+        trained = sum(sum(size.values()) for size in sizes) * (2 if wants_decoy(model.get("objective")) else 1)
         kept, weights = (trained, 0) if keep_models else (0, trained)
         drawn = class_images(parse(command(surrogate, {})).model.init_args.training, backbones, side)
     elif surrogate is not None:  # ASPL: what learns is in the checkpoint, of which an old one and a new one exist
@@ -265,6 +266,19 @@ def class_images(training: Namespace, backbones: Sequence[Source], side: int) ->
             prompt = given(prior.class_prompt, defaults.class_prompt)
             found[source, prompt, side] = prior.images * picture_of(side)
     return found
+
+
+def wants_decoy(objective: Any) -> bool:
+    """Whether settings of an objective, at whatever depth, have a likelihood ratio for which a model is trained."""
+    if isinstance(objective, list):
+        return any(map(wants_decoy, objective))
+    if not isinstance(objective, Namespace):
+        return False
+    values = vars(objective)
+    ratio = str(values.get("class_path", "")).rpartition(".")[2] == LikelihoodRatio.__name__
+    if ratio and objective.get("init_args.decoy") is None:
+        return True
+    return any(map(wants_decoy, values.values()))
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,8 @@
-"""FSMG's surrogates: victims of our own, trained on the clean photos before the attack and reused after it."""
+"""FSMG's surrogates: victims of our own, trained before the attack and reused after it.
+
+One learns the person from the clean photos. Where the objective is a likelihood ratio, another one learns a nobody from
+a few pictures that the untouched base model draws.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,35 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
+from lightning import Trainer
+from tqdm import tqdm
 
+from antidreambooth.attack.objectives.ratio import decoys
+from antidreambooth.diffusion.class_images import BATCH, class_images
+from antidreambooth.diffusion.layout import read_defaults
+from antidreambooth.diffusion.loading import load_backbone
+from antidreambooth.diffusion.precision import has_own_memory
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
 from antidreambooth.files import write_json
 from antidreambooth.finetuning.full import Full
+from antidreambooth.photos.delivery import write_png
 from launch.runs import Fit, contents, finished, is_config, located
-from lightning_modules.fsmg import FSMG, surrogate_folder
+from lightning_modules.fsmg import FSMG, nobody_folder, surrogate_folder
+
+PICTURES = 4  # of nobody
 
 
-def train_surrogates(module: FSMG, config: Namespace, fit: Fit, overwrite: bool) -> None:
+def train_surrogates(trainer: Trainer, module: FSMG, config: Namespace, fit: Fit, overwrite: bool) -> None:
     """Trains the surrogates that a run attacks, where they are not there yet.
 
     Args:
+        trainer: of the run.
         module: of the run.
         config: of the run.
         fit: runs a command line of this project.
@@ -35,6 +51,8 @@ def train_surrogates(module: FSMG, config: Namespace, fit: Fit, overwrite: bool)
     """
     for one in untrained(module, config, overwrite):
         _refuse_several(config.trainer, one.folder)
+        if one.pictures is not None:
+            draw_nobody(trainer, module, one.pictures)
         with _same_seed_afterwards():
             fit(one.words)
         gc.collect()  # its weights and moments
@@ -45,11 +63,19 @@ def train_surrogates(module: FSMG, config: Namespace, fit: Fit, overwrite: bool)
 
 
 class Untrained(NamedTuple):
-    """A surrogate that is not there yet: its folder, what it depends on, and the command line that trains it."""
+    """A surrogate that is not there yet.
+
+    Args:
+        folder: where it is trained.
+        settings: what it depends on.
+        words: the command line that trains it.
+        pictures: folder of the pictures of nobody that it learns, which have to be drawn first; None of the person's.
+    """
 
     folder: Path
     settings: dict[str, Any]
     words: list[str]
+    pictures: Path | None = None
 
 
 def untrained(module: FSMG, config: Namespace, overwrite: bool) -> Iterator[Untrained]:
@@ -61,19 +87,26 @@ def untrained(module: FSMG, config: Namespace, overwrite: bool) -> Iterator[Untr
     if not is_config(victim) or not Path(located(victim)).is_file():
         raise InputError(f"--model.surrogate {wanted.surrogate!r} is no config file of a victim (configs/), nor null")
     photos, root = data.clean_photos or data.photos, Path(trainer.default_root_dir or ".").expanduser()
-    first = module.source
-    for source in [first, *Source.several(wanted.ensemble.backbones)]:
+    seen = contents(photos)
+    everybody: list[tuple[Source, Path, Any, Path | None]] = [
+        (source, surrogate_folder(root, source), seen, None)
+        for source in [module.source, *Source.several(wanted.ensemble.backbones)]
+    ]
+    if decoys(module.attack.objective):
+        folder, prompt = nobody_folder(root, module.source), read_defaults(module.source).class_prompt
+        drawn = {"drawn": PICTURES, "class_prompt": prompt}
+        everybody.append((module.source, folder, drawn, folder.with_name(f"{folder.name}-pictures")))
+    for source, folder, learned, pictures in everybody:
         # What older runs have recorded: of the first model also what was not given.
-        own = {"revision": first.revision, "variant": first.variant} if source == first else {}
+        own = {"revision": source.revision, "variant": source.variant} if source == module.source else {}
         model = {"backbone": source.name, "resolution": module.resolution, **own, **source.given}
         settings = {
             "victim": wanted.surrogate,
             "model": model,
-            "photos": contents(photos),
+            "photos": learned,
             "seed": config.seed_everything,
             "precision": str(trainer.precision),
         }
-        folder = surrogate_folder(root, source)
         try:
             if finished(folder / "surrogate.json", settings):
                 continue
@@ -82,7 +115,7 @@ def untrained(module: FSMG, config: Namespace, overwrite: bool) -> Iterator[Untr
                 raise
         arguments = {
             **{f"model.{name}": value for name, value in model.items() if value is not None},
-            "data.photos": photos,
+            "data.photos": pictures or photos,
             "seed_everything": config.seed_everything,
             "trainer.default_root_dir": folder,
             "trainer.accelerator": trainer.accelerator,
@@ -92,7 +125,28 @@ def untrained(module: FSMG, config: Namespace, overwrite: bool) -> Iterator[Untr
             "overwrite": "true",  # what an interrupted start left there
         }
         words = ["fit", f"--config={located(victim)}", *(f"--{k}={v}" for k, v in arguments.items()), *flags]
-        yield Untrained(folder, settings, words)
+        yield Untrained(folder, settings, words, pictures)
+
+
+def draw_nobody(trainer: Trainer, module: FSMG, folder: Path) -> None:
+    """A few pictures of the class prompt by the untouched base model: of people who do not exist.
+
+    Args:
+        trainer: of the run.
+        module: of the run.
+        folder: where they are written.
+    """
+    device, prompt = trainer.strategy.root_device, read_defaults(module.source).class_prompt
+    backbone, shown = load_backbone(module.source), partial(tqdm, desc="pictures of nobody")
+    # Class images, which both models know, have seed 0; a run's seed is never below it.
+    with trainer.precision_plugin.forward_context():
+        if has_own_memory(device):
+            backbone.rest_text_encoders(device, [[prompt] * BATCH])
+        pictures = class_images(
+            backbone.to(device), prompt, PICTURES, module.resolution, seed=module.seed + 1, progress=shown
+        )
+    for number, picture in enumerate(pictures):
+        write_png(folder / f"{number}.png", picture)
 
 
 def _refuse_several(trainer: Namespace, folder: Path) -> None:

@@ -102,6 +102,11 @@ class BackboneModule(LightningModule):
         self.preemption.disarm()
 
     @property
+    def encoder_only(self) -> bool:
+        """Whether nothing is loaded but the autoencoder."""
+        return False
+
+    @property
     def sources(self) -> list[Source]:
         """The base models that are loaded; one, here."""
         return [self.source]
@@ -128,11 +133,11 @@ class BackboneModule(LightningModule):
         source = self.sources[number]
 
         def loaded() -> tuple[Backbone, str]:
-            backbone = load_backbone(source)
+            backbone = load_backbone(source, self.encoder_only)
             return backbone, backbone.fingerprint()
 
         alone = Path(source.name).is_relative_to(self.trainer.default_root_dir)  # trained for this run
-        backbone, fingerprint = loaded() if alone else remembered(lambda: source, loaded)
+        backbone, fingerprint = loaded() if alone else remembered(lambda: (source, self.encoder_only), loaded)
         if backbone.advice and not alone and not self.trainer.testing and self.global_rank == 0:
             log.warning("%s: %s", source, backbone.advice)
         asked = self.asks(backbone, number)

@@ -14,9 +14,10 @@ from antidreambooth.attack.canvas import STEP, Canvas
 from antidreambooth.attack.cost import counted
 from antidreambooth.attack.methods import Assembly, Method, Settings
 from antidreambooth.attack.objectives import Objective
+from antidreambooth.attack.objectives.ratio import require_decoys
 from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
 from antidreambooth.attack.rounds import Outcome, Photos, alternate, require_vital
-from antidreambooth.attack.steps import Sign, StepRule
+from antidreambooth.attack.steps import StepRule
 from antidreambooth.attack.surrogates import Surrogate
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.execution import Execution
@@ -69,7 +70,8 @@ class Cloaking(BackboneModule):
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
         draws: of timestep and noise for each time that photos are encoded; a step goes along their mean gradient, as
             expectation over transforms does (arXiv:1707.07397). One as published; a step takes longer with more.
-        objective: what the perturbation maximises: Denoising (when not given), Targeted, Transformed.
+        objective: what the perturbation maximises: Denoising (when not given), Targeted, ACE, ScoreDistillation,
+            EncoderTarget, EncoderAway, EncoderSpread, LikelihoodRatio, or Transformed and Weighted ones of these.
         step_rule: what a PGD step does with the gradient: Sign (when not given), Momentum, NormalizedL2; each has a
             schedule of the step size and a random start.
         parametrisation: what of the photos PGD moves, and so what comes back: OwnSize (when not given) or Square.
@@ -113,7 +115,7 @@ class Cloaking(BackboneModule):
         settings = Settings(
             budget=budget,
             step_size=step_size,
-            step_rule=step_rule or Sign(),
+            step_rule=step_rule,
             pgd_steps=pgd_steps,
             micro_batch=micro_batch,
             draws=draws,
@@ -123,8 +125,10 @@ class Cloaking(BackboneModule):
             execution=execution,
         )
         self.assembly = Assembly(self.method(), self.completed(settings), self._average)
-        self.assembly.require_learnable([self.source, *others])
+        self.assembly.require_possible([self.source, *others])
         self.attack = self.assembly.attack
+        if not self.trains_decoys:
+            require_decoys(self.attack.objective)
         self.register_buffer("perturbation", torch.empty(0))
         self.register_buffer("memory", torch.empty(0))
         self.register_buffer("passes", torch.zeros(2, dtype=torch.int64))
@@ -135,6 +139,16 @@ class Cloaking(BackboneModule):
     def sources(self) -> list[Source]:
         """The base models, the first one first."""
         return [self.source, *Source.several(self.hparams.ensemble.backbones, self.source.frozen_weights)]
+
+    @property
+    def trains_decoys(self) -> bool:
+        """Whether models of nobody are trained before the attack, where the objective wants one."""
+        return False
+
+    @property
+    def encoder_only(self) -> bool:
+        """As the objective says."""
+        return self.assembly.encoder_only
 
     @property
     def backbones(self) -> list[Backbone]:
@@ -195,7 +209,7 @@ class Cloaking(BackboneModule):
             self.surrogates = self.assembly.surrogates(seen, batch.clean, self.lend, self._progress("pool"))
         if self.current_epoch == 0:
             self.perturbation = self.attack.start(batch.canvas, self.seed)
-        with counted(self.backbones) as passes:
+        with counted([*self.backbones, *self.attack.objective.models]) as passes:
             state = batch.canvas.blank + self.perturbation
             memory = list(self.memory)
             outcome = alternate(self.surrogates, batch.canvas, state, self.attack, self.turn, memory)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from antidreambooth.attack.methods import METHODS, Method, Settings
+from antidreambooth.attack.objectives.ratio import decoys
 from antidreambooth.attack.rounds import Photos
 from antidreambooth.diffusion.backbone import Checkpointing
 from antidreambooth.diffusion.source import Source
@@ -33,7 +34,8 @@ class FSMG(Cloaking):
     Args:
         surrogate: config file of the victim that trains the surrogates on the clean photos, and its flags; they are
             kept in ``surrogates/`` of the run's folder and reused from there. With ``null`` the backbones are attacked
-            as they are: base models, or a model that was trained elsewhere.
+            as they are: base models, or a model that was trained elsewhere. A LikelihoodRatio without a decoy has one
+            more model trained and kept there, on a few pictures of nobody that the base model draws.
         prompt: what the attacked models know the person as; when not given what the surrogates were trained on, and
             each backbone's class prompt where there are none.
         gradient_checkpointing: less memory for about a third more time; with ``vae`` in the autoencoder alone.
@@ -49,6 +51,8 @@ class FSMG(Cloaking):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if decoys(self.attack.objective) and self.hparams.ensemble.backbones:
+            raise InputError("one decoy is trained, for one base model: leave out --model.ensemble")
         # Lightning writes a checkpoint only after an optimizer's step, of which this method has no other: see
         # https://github.com/Lightning-AI/pytorch-lightning/issues/17167.
         self.clock = nn.Parameter(torch.zeros(()))
@@ -61,6 +65,22 @@ class FSMG(Cloaking):
         root = Path(self.trainer.default_root_dir)
         places = [(source, str(surrogate_folder(root, source) / Full.folder)) for source in super().sources]
         return [Source(place, frozen_weights=source.frozen_weights) for source, place in places]
+
+    @property
+    def trains_decoys(self) -> bool:
+        """Whether the models of nobody are trained before the attack, as those of the person are."""
+        return self.hparams.surrogate is not None
+
+    def build(self) -> None:
+        """Also says which model of nobody was trained."""
+        for ratio in decoys(self.attack.objective):
+            if self.hparams.surrogate is None:  # a dry run; by another prompt, as equal losses have no gradient
+                ratio.trained = self.source, ""
+                continue
+            place = nobody_folder(Path(self.trainer.default_root_dir), self.source) / Full.folder
+            nobody = Source(str(place), frozen_weights=self.source.frozen_weights)
+            ratio.trained = nobody, instance_prompt(nobody)
+        super().build()
 
     def method(self) -> Method:
         """FSMG, or AdvDM where nothing is trained; whatever its numbers."""
@@ -93,9 +113,7 @@ class FSMG(Cloaking):
             return [self.hparams.prompt] * len(self.sources)
         if self.hparams.surrogate is None:
             return None
-        files = [Path(source.name).parent / "manifest.json" for source in self.sources]
-        records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        return [record["settings"]["model"]["training"]["instance_prompt"] for record in records]
+        return [instance_prompt(source) for source in self.sources]
 
     def memory_savers(self) -> list[str]:
         """Also checkpointing."""
@@ -107,6 +125,18 @@ class FSMG(Cloaking):
         return {**super().effective(), "prompts": self.assembly.prompts}
 
 
+def instance_prompt(surrogate: Source) -> str:
+    """What a surrogate of ours was trained on."""
+    record = json.loads((Path(surrogate.name).parent / "manifest.json").read_text(encoding="utf-8"))
+    prompt: str = record["settings"]["model"]["training"]["instance_prompt"]
+    return prompt
+
+
 def surrogate_folder(root: Path, source: Source) -> Path:
     """Where the surrogate of a base model is trained; another revision, variant or rest is another model."""
     return root / "surrogates" / slug(str(source))
+
+
+def nobody_folder(root: Path, source: Source) -> Path:
+    """Where the model of nobody is trained that a LikelihoodRatio compares with."""
+    return surrogate_folder(root, source).with_name(f"{slug(str(source))}-nobody")

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from antidreambooth.attack.methods import METHODS
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.source import EMBEDDED
@@ -214,19 +215,17 @@ def command(small_model, small_v_model, photos, tmp_path):
 
     def build(*more: str, config: str | Path = "aspl", rounds: int = 2, out: str = "out") -> list[str]:
         path = ROOT / "configs" / f"{config}.yaml" if isinstance(config, str) else config
+        kinds: dict[str, list[str]] = {"trained": [f"--model.surrogate={SURROGATE}"], "untouched": [], "none": []}
         learning = ["--model.surrogate.learning_rate=1e-3", "--model.surrogate.prior.images=4"]
-        fixed = {
-            "advdm": [],
-            "fsmg": [f"--model.surrogate={SURROGATE}"],
-            "metacloak": [*learning, "--model.surrogate.steps=5"],
-        }
+        kinds["pool"] = [*learning, "--model.surrogate.steps=5"]
+        fixed = {name: kinds[method.surrogate] for name, method in METHODS.items() if method.surrogate in kinds}
         several = [f"--model.ensemble.backbones=[{small_v_model}]"] if path.stem.startswith("e-") else []
         return [
             "fit",
             f"--config={path}",
             f"--data.photos={photos}",
             f"--model.backbone={small_model}",
-            *fixed.get(path.stem.removeprefix("t-").removeprefix("e-"), learning),
+            *fixed.get(path.stem, learning),
             *several,
             "--trainer.accelerator=cpu",
             "--trainer.precision=32-true",

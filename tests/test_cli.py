@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import ModelMixin
 from jsonargparse import Namespace
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CLIPTextModel
 
 import antidreambooth
 from antidreambooth.attack.methods import METHODS, Settings
+from antidreambooth.attack.objectives import LikelihoodRatio
 from antidreambooth.attack.steps import Momentum, NormalizedL2
 from antidreambooth.attack.surrogates import Offloaded
 from antidreambooth.diffusion.backbone import Backbone
@@ -40,6 +43,7 @@ OTHERS = {  # have tests of their own
     *("dreambooth", "dreambooth-lora", "textual-inversion", "pretraining", "pretraining-flow", "people")
 }
 QUICK = ("aspl", "fsmg")  # a surrogate that learns, and one that does not
+OBJECTIVES = ("ace", "decoy", "mist", "photoguard", "pid", "sds")  # that differ from others in what they climb alone
 CONFIGS = sorted({path.stem for path in (ROOT / "configs").glob("*.yaml")} - OTHERS)
 OWN = {"perturbation", "memory", "passes"}  # of a checkpoint
 TRAINING = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))  # as `command` says by flags
@@ -63,15 +67,20 @@ def test_every_config_parses(config, capsys):
     assert model["class_path"].endswith({"alternating": "ASPL", "pool": "MetaCloak"}.get(method.surrogate, "FSMG"))
     adaptation = model["init_args"].get("adaptation") or {"class_path": "Full"}
     assert adaptation["class_path"].endswith(type(method.adaptation()).__name__)
-    assert (method.surrogate == "untouched") == (model["init_args"]["surrogate"] is None)
+    assert (method.surrogate in ("untouched", "none")) == (model["init_args"]["surrogate"] is None)
     assert method.several == bool(model["init_args"]["ensemble"]["backbones"])
     objective = model["init_args"]["objective"] or {"class_path": "Denoising"}
     assert objective["class_path"].endswith(type(method.objective()).__name__)
+    rule, wanted = model["init_args"]["step_rule"] or {"class_path": "Sign", "init_args": {}}, method.step_rule()
+    assert rule["class_path"].endswith(type(wanted).__name__)
+    assert all(value == getattr(wanted, name) for name, value in rule["init_args"].items())
 
 
 @pytest.mark.parametrize("config", EACH)
 def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
-    main(command(config=config, rounds=25))
+    learning = METHODS[config].surrogate == "alternating"
+    rounds = 25 if config in QUICK or learning else 3
+    main(command(config=config, rounds=rounds))
     out = tmp_path / "out"
     record = manifest(out)
     assert record["complete"] is True
@@ -86,21 +95,29 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     scalars = {"surrogate/clean_loss", "surrogate/cloaked_loss", "pgd/objective", "perturbation/largest"}
     assert scalars <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("pgd/objective")] == list(range(1, 26))
-    learning = METHODS[config].surrogate == "alternating"
+    assert [event.step for event in events.Scalars("pgd/objective")] == list(range(1, rounds + 1))
     trained = 5 * 2 * 2 if METHODS[config].surrogate == "pool" else 0  # images in all, once
     assert (max(event.value for event in events.Scalars("surrogate/clean_loss")) > 0) == (learning or trained > 0)
     if learning:
         assert (out / "samples" / "round-025.png").is_file()
         assert "samples" in events.Tags()["images"]
-    assert "25/25" in capsys.readouterr().out  # the bar counts rounds
+    assert f"{rounds}/{rounds}" in capsys.readouterr().out  # the bar counts rounds
     models = 2 if METHODS[config].several else 1
-    steps = METHODS[config].pgd_steps * 3 + (6 * 2 if learning else 0)  # images a round, of each model
-    assert record["passes"]["denoiser"] == 25 * models * steps + trained
+    asked = {"none": 0}.get(METHODS[config].surrogate, 2 if config == "decoy" else 1)  # denoisers, of each model
+    steps = asked * METHODS[config].pgd_steps * 3 + (6 * 2 if learning else 0)  # images a round, of each model
+    assert record["passes"]["denoiser"] == rounds * models * steps + trained
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("config", EACH)
+@pytest.mark.parametrize(
+    ("config", "bf16"),
+    [
+        pytest.param(
+            config, bf16, id=f"{config}-{'bf16' if bf16 else 'fp32'}", marks=[] if config in QUICK else pytest.mark.slow
+        )
+        for config in CONFIGS
+        for bf16 in ([False, True] if config not in OBJECTIVES else [False])
+    ],
+)
 def test_a_notebook_gets_the_same_pixels(
     command, config, bf16, small_model, small_v_model, photos, tmp_path, monkeypatch
 ):
@@ -112,7 +129,9 @@ def test_a_notebook_gets_the_same_pixels(
     if method.surrogate == "trained":
         backbones = [str(tmp_path / "out" / "surrogates" / slug(name) / "model") for name in backbones]
     shutil.copytree(tmp_path / "out" / "cloaked", tmp_path / "wanted")
-    settings = Settings(training=replace(TRAINING, steps=5) if method.surrogate == "pool" else TRAINING)
+    nobody = tmp_path / "out" / "surrogates" / f"{slug(str(small_model))}-nobody" / "model"
+    training = replace(TRAINING, steps=5) if method.surrogate == "pool" else TRAINING
+    settings = Settings(training=training, objective=LikelihoodRatio(str(nobody)) if config == "decoy" else None)
     images = [Image.open(path) for path in sorted(photos.iterdir())]
     first, *others = backbones
     cloaked = antidreambooth.cloak(images, first, config, ensemble=others, settings=settings, rounds=2, device="cpu")
@@ -387,10 +406,12 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(command, tmp_path):
 
 @pytest.mark.parametrize("config", EACH)
 def test_going_on_equals_not_stopping(command, config, tmp_path, noted):
-    main(command(config=config, rounds=3, out="whole"))
-    main(command(config=config, rounds=1, out="parts"))
+    # A falling step size knows the run's end, so that one of fewer rounds is no part of it.
+    flags = ["--model.step_rule=Momentum"] if METHODS[config].step_rule().schedule != "constant" else []
+    main(command(*flags, config=config, rounds=3, out="whole"))
+    main(command(*flags, config=config, rounds=1, out="parts"))
     rounds = noted(Cloaking)
-    main(command("--ckpt_path=last", config=config, rounds=3, out="parts"))
+    main(command(*flags, "--ckpt_path=last", config=config, rounds=3, out="parts"))
     assert rounds == [1, 2]
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
@@ -519,6 +540,60 @@ def test_a_surrogate_is_trained_once_and_on_the_clean_photos(command, photos, tm
     assert files(tmp_path / "out") == first
     main(command("--overwrite", config="fsmg"))
     assert list(json.loads((surrogate / "manifest.json").read_text())["photos"]) == ["a.png", "b.jpg", "c.webp"]
+
+
+def test_a_nobody_is_drawn_and_learned_beside_the_person(command, small_model, tmp_path):
+    main(command(config="decoy", rounds=1))
+    out, person = tmp_path / "out", slug(str(small_model))
+    nobody, pictures = (out / "surrogates" / f"{person}-{what}" for what in ("nobody", "nobody-pictures"))
+    assert {path.name for path in (out / "surrogates").iterdir()} == {person, nobody.name, pictures.name}
+    assert len({path.read_bytes() for path in pictures.iterdir()}) == 4
+    assert list(manifest(nobody)["photos"]) == sorted(path.name for path in pictures.iterdir())
+    places = [out / "surrogates" / person, nobody]
+    weights = [place / "model" / "unet" / "diffusion_pytorch_model.safetensors" for place in places]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    first, times = files(out), [path.stat().st_mtime_ns for path in weights]
+    given = ["--model.objective=LikelihoodRatio", f"--model.objective.decoy={nobody / 'model'}"]
+    main(command("--overwrite", *given, config="decoy", rounds=1))  # the same one, by name
+    assert files(out)["a.png"] == first["a.png"]
+    assert manifest(out)["settings"]["model"]["objective"]["decoy"] == str(nobody / "model")
+    main(command("--overwrite", config="decoy", rounds=1))
+    assert files(out) == first
+    assert [path.stat().st_mtime_ns for path in weights] == times  # both were reused
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        ("aspl", ["--model.objective=LikelihoodRatio"], "needs a model that was taught a nobody"),
+        ("advdm", ["--model.objective=LikelihoodRatio"], "run configs/decoy.yaml"),
+        ("e-fsmg", ["--model.objective=LikelihoodRatio"], "one decoy is trained, for one base model"),
+        ("aspl", ["--model.objective=EncoderTarget"], "asks the encoder alone, which no surrogate changes"),
+        ("advdm", ["--model.objective=EncoderAway"], "random_start true"),
+        ("photoguard", ["--trainer.callbacks+=SampleGrid"], "leave it out of --trainer.callbacks"),
+    ],
+)
+def test_objectives_that_do_not_fit_are_refused_before_anything_is_trained(command, config, flags, message, tmp_path):
+    refused(command(*flags, config=config), message)
+    assert not (tmp_path / "out" / "surrogates").exists()
+
+
+@pytest.mark.parametrize("config", ["photoguard", "pid"])
+def test_a_method_on_the_encoder_loads_nothing_else(command, config, tmp_path, monkeypatch):
+    loaded, whole = [], ModelMixin.from_pretrained.__func__
+
+    def noting(kind, *arguments, **options):
+        loaded.append(kind.__name__)
+        return whole(kind, *arguments, **options)
+
+    monkeypatch.setattr(ModelMixin, "from_pretrained", classmethod(noting))
+    monkeypatch.setattr(CLIPTextModel, "from_pretrained", lambda *_, **__: pytest.fail("a text encoder was loaded"))
+    main(command(config=config, rounds=1))
+    assert loaded == ["AutoencoderKL"]
+    record = manifest(tmp_path / "out")
+    again = 2 if config == "pid" else 1  # each step also encodes the clean photos, as it sees another part of them
+    assert record["passes"] == {"denoiser": 0, "encoder": 10 * 3 * again}
+    assert record["settings"]["model"]["prompts"] == []
 
 
 def test_the_fixed_surrogate_is_what_is_attacked(command, tmp_path):

@@ -33,7 +33,7 @@ def counted(backbones: Sequence[Backbone]) -> Iterator[Passes]:
     with ExitStack() as hooks:
         watched: list[tuple[str, nn.Module]] = []
         for backbone in backbones:
-            watched += [("denoiser", backbone.denoiser), ("encoder", backbone.vae.encoder)]
+            watched += backbone.attacked.items()
         for _, network in watched:
             PASSES[network] = 0
             hooks.callback(PASSES.pop, network)

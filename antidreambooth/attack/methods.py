@@ -8,17 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from antidreambooth.attack.objectives import Denoising, Objective, Targeted, Transformed
+from antidreambooth.attack.objectives import (
+    ACE,
+    Denoising,
+    EncoderAway,
+    EncoderTarget,
+    LikelihoodRatio,
+    Objective,
+    ScoreDistillation,
+    Targeted,
+    Term,
+    Transformed,
+    Weighted,
+)
 from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
 from antidreambooth.attack.perturbation import PGD, alone
 from antidreambooth.attack.pool import Pooled
-from antidreambooth.attack.steps import Sign, StepRule
+from antidreambooth.attack.steps import Momentum, Sign, StepRule
 from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded, Surrogate
 from antidreambooth.attack.transforms import Blur, Crop, Flip
 from antidreambooth.diffusion.backbone import Backbone, Posterior
@@ -45,21 +58,32 @@ class Method:
 
     Args:
         surrogate: what is attacked: a model that learns clean and cloaked photos in turn (``alternating``), one that
-            was trained on the clean photos before (``trained``), the base model itself (``untouched``), or models along
-            one training run on the clean photos, each in turn (``pool``).
+            was trained on the clean photos before (``trained``), the base model itself (``untouched``), nothing of it
+            but the autoencoder, whose encoder is all that the objective asks (``none``), or models along one training
+            run on the clean photos, each in turn (``pool``).
         rounds: how many.
         pgd_steps: in a round.
         objective: what the perturbation maximises.
         several: whether it wants more than one base model.
+        step_rule: what a PGD step does with the gradient.
         adaptation: what of a surrogate learns.
     """
 
-    surrogate: Literal["alternating", "trained", "untouched", "pool"]
+    surrogate: Literal["alternating", "trained", "untouched", "none", "pool"]
     rounds: int
     pgd_steps: int
     objective: Callable[[], Objective] = Denoising
     several: bool = False
+    step_rule: Callable[[], StepRule] = Sign
     adaptation: Callable[[], Adaptation] = Full
+
+
+def mist() -> Objective:
+    """Mist's fused loss (arXiv:2305.12683, equation 4), with its pattern replaced by one of ours.
+
+    The paper's weight of 10^4 goes with a sum over the target's latent of 4 * 64 * 64 numbers: .61 with a mean.
+    """
+    return Weighted([Term(Denoising(), 0.61), Term(EncoderTarget("checkerboard"))])
 
 
 def simac() -> Objective:
@@ -83,6 +107,12 @@ METHODS = {
     "simac": Method("alternating", rounds=50, pgd_steps=6, objective=simac),
     "caat": Method("alternating", rounds=50, pgd_steps=6, adaptation=CrossAttention),
     "metacloak": Method("pool", rounds=50, pgd_steps=6, objective=metacloak),
+    "mist": Method("untouched", rounds=10, pgd_steps=10, objective=mist),
+    "ace": Method("untouched", rounds=15, pgd_steps=10, objective=ACE),
+    "sds": Method("untouched", rounds=10, pgd_steps=10, objective=ScoreDistillation),
+    "photoguard": Method("none", rounds=20, pgd_steps=10, objective=EncoderTarget),
+    "pid": Method("none", 100, 10, objective=EncoderAway, step_rule=partial(Sign, random_start=True)),
+    "decoy": Method("trained", 20, 10, objective=LikelihoodRatio, step_rule=partial(Momentum, 0.95, schedule="linear")),
 }
 
 
@@ -93,7 +123,7 @@ class Settings:
     Args:
         budget: largest change of a pixel's value, in 8-bit steps.
         step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
-        step_rule: what a PGD step does with the gradient.
+        step_rule: what a PGD step does with the gradient; the method's own when not given.
         pgd_steps: PGD steps in a round; the method's own when not given.
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
         draws: of timestep and noise for each time that photos are encoded; a step goes along their mean gradient, as
@@ -112,7 +142,7 @@ class Settings:
 
     budget: float = 8.0
     step_size: float | None = None
-    step_rule: StepRule = field(default_factory=Sign)
+    step_rule: StepRule | None = None
     pgd_steps: int | None = None
     micro_batch: int = 4
     draws: int = 1
@@ -157,10 +187,21 @@ class Assembly:
             micro_batch=chosen.micro_batch,
             draws=chosen.draws,
             objective=chosen.objective or method.objective(),
-            rule=chosen.step_rule,
+            rule=chosen.step_rule or method.step_rule(),
             reduce=reduce,
             recorded=chosen.execution.recorded,
         )
+        objective = self.attack.objective
+        if self.encoder_only and method.surrogate in ("alternating", "trained", "pool"):
+            raise InputError(
+                "the objective asks the encoder alone, which no surrogate changes: attack the base model itself "
+                "(--model.class_path FSMG --model.surrogate null, in Python method='photoguard')"
+            )
+        if objective.starts_flat and not self.attack.rule.random_start:
+            raise InputError(
+                f"{type(objective).__name__} has no gradient on photos without any change: use "
+                "--model.step_rule Sign --model.step_rule.random_start true, in Python Sign(random_start=True)"
+            )
         self.backbones: list[Backbone] = []
         self.prompts: list[str] = []  # of models that do not learn
         self.trainings: list[DreamBooth] = []  # of those that do, completed by the base models' own values
@@ -171,12 +212,22 @@ class Assembly:
         """Whether the surrogates learn, in every round or before the first one."""
         return self.method.surrogate in ("alternating", "pool")
 
-    def require_learnable(self, sources: Sequence[Source]) -> None:
-        """Refuses base models that cannot learn as this method and its settings want, before they are loaded.
+    @property
+    def encoder_only(self) -> bool:
+        """Whether no denoiser and no text encoder is asked, nor loaded."""
+        return self.attack.objective.encoder_only
+
+    def require_possible(self, sources: Sequence[Source]) -> None:
+        """Refuses base models that cannot learn, or be attacked, as this method and its settings want.
+
+        To be called before they are loaded.
 
         Raises:
             InputError: one cannot.
         """
+        for source in sources:
+            for one in self.attack.objective.members():
+                one.require_possible(source)
         for source in sources if self.learns else ():
             self.adaptation.require_learnable(source, self._training(read_defaults(source)))
 
@@ -188,6 +239,8 @@ class Assembly:
             prompt: what it is asked for, if it does not learn; the settings' prompt when not given.
         """
         chosen = self.settings
+        if self.encoder_only:
+            return None
         if not self.learns:
             return [[given(prompt, given(chosen.prompt, self._usual_prompt(backbone)))]]
         training = self._training(backbone.defaults)
@@ -213,7 +266,8 @@ class Assembly:
         chosen = self.settings
         self.backbones = list(backbones)
         if not self.learns:
-            self.prompts = list(prompts or [given(chosen.prompt, self._usual_prompt(one)) for one in backbones])
+            if not self.encoder_only:
+                self.prompts = list(prompts or [given(chosen.prompt, self._usual_prompt(one)) for one in backbones])
             for backbone in self.backbones:
                 backbone.checkpoint(chosen.training.gradient_checkpointing)
             return
@@ -257,7 +311,7 @@ class Assembly:
     def _surrogate(self, number: int, clean: Tensor, lend: Lend, progress: Progress) -> Surrogate:
         backbone, micro_batch = self.backbones[number], self.attack.micro_batch
         if not self.learns:
-            return Fixed(backbone, self.prompts[number])
+            return Fixed(backbone, None if self.encoder_only else self.prompts[number])
         training = self.trainings[number]
         latents = backbone.encode_all(clean, micro_batch)
         weights, recorded = lend(backbone, training), self.settings.execution.recorded
@@ -284,7 +338,7 @@ class Assembly:
 
     def _usual_prompt(self, backbone: Backbone) -> str:
         """An untouched base model knows nobody by name."""
-        if self.method.surrogate == "untouched":
+        if self.method.surrogate in ("untouched", "none"):
             return backbone.defaults.class_prompt
         return self.settings.training.instance_prompt
 

@@ -225,13 +225,17 @@ class PGD:
         total, slope, latents = torch.zeros((3,), device=state.device, dtype=torch.float32)
         watching = self.samplers
         # A recording rounds weights by itself: it reads those that stay where they are.
-        rounded = nullcontext() if self.recorded else cast_once(backbone.denoiser, backbone.vae.encoder)
+        others = [model.denoiser for model in self.objective.models]
+        rounded = nullcontext() if self.recorded else cast_once(*backbone.attacked.values(), *others)
         with frozen(backbone), rounded:
             embedding = surrogate.prompt_embedding()
             for number in range(self.steps):
                 looks = canvas.looks(turn, turn.number * self.steps + number)
                 images = canvas.images(state, looks)
                 draws = [self.objective.draw(backbone, images, generator) for _ in range(self.draws)]
+                if self.objective.compares:
+                    clean = canvas.images(canvas.blank, looks)
+                    draws = self.objective.compared(backbone, clean, draws, self.micro_batch)
                 ascent = self._gradient(backbone, images, embedding, draws)
                 for sampler in watching:
                     sampler.observe(ascent.gradient.abs().flatten(1).mean(dim=1), self.reduce)
@@ -264,8 +268,8 @@ class PGD:
                 model, embedding, drawn = known_as(), kind(others[:parts]), others[parts:]
                 assert model is not None
                 size = len(drawn) // self.draws
-                draws = [Draw.of_tensors(drawn[start : start + size]) for start in range(0, len(drawn), size)]
-                return pixel_gradient(self.objective, model, images, embedding, draws, self.micro_batch)
+                filled = [draw.filled(drawn[size * k : size * (k + 1)]) for k, draw in enumerate(draws)]
+                return pixel_gradient(self.objective, model, images, embedding, filled, self.micro_batch)
 
             self.recordings[backbone] = Recording(run)
         drawn = (part for draw in draws for part in draw.tensors)

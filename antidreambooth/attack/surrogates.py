@@ -57,10 +57,10 @@ class Fixed:
 
     Args:
         backbone: the model.
-        prompt: what the attack expects the pictures to be called.
+        prompt: what the attack expects the pictures to be called; None where its objective asks the encoder alone.
     """
 
-    def __init__(self, backbone: Backbone, prompt: str) -> None:
+    def __init__(self, backbone: Backbone, prompt: str | None) -> None:
         self.backbone, self.prompt = backbone, prompt
 
     def borrowed(self) -> AbstractContextManager[None]:
@@ -79,8 +79,8 @@ class Fixed:
 
     @torch.no_grad()
     def prompt_embedding(self) -> Conditioning:
-        """The prompt."""
-        return self.backbone.embed([self.prompt])
+        """The prompt; nothing where there is none."""
+        return Conditioning() if self.prompt is None else self.backbone.embed([self.prompt])
 
     def weight_norm(self) -> Float[Tensor, ""]:
         """No weight learns."""

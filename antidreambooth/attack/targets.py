@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import load_photos, to_float
 
@@ -30,10 +33,16 @@ def rings(y: Coordinates, x: Coordinates) -> Coordinates:
     return 0.5 + 0.5 * torch.cos(((x - 0.5).square() + (y - 0.5).square()).sqrt() * 32 * torch.pi)
 
 
+def grey(y: Coordinates, x: Coordinates) -> Coordinates:
+    """Nothing: one grey all over."""
+    return torch.full_like(x, 0.5)
+
+
 PATTERNS: dict[str, Callable[[Coordinates, Coordinates], Coordinates]] = {
     "checkerboard": checkerboard,
     "rings": rings,
     "stripes": stripes,
+    "grey": grey,
 }
 
 
@@ -64,3 +73,32 @@ def target_image(name: str, side: int) -> Float[Tensor, "1 3 side side"]:
     middle = (torch.arange(side, device="cpu", dtype=torch.float32) + 0.5) / side  # of each pixel, from 0 to 1
     y, x = torch.meshgrid(middle, middle, indexing="ij")
     return (PATTERNS[name](y, x) * 2 - 1).expand(1, 3, side, side)
+
+
+class Goal:
+    """What the encoder makes of a target, computed once for each base model.
+
+    Args:
+        target: one of ``PATTERNS``, or a picture's file.
+
+    Raises:
+        InputError: there is no such target.
+    """
+
+    def __init__(self, target: str) -> None:
+        require_target(target)
+        self.target = target
+        self._known: WeakKeyDictionary[Backbone, Posterior] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without latents: they belong to models that are in memory."""
+        return {**self.__dict__, "_known": None}
+
+    def __call__(self, backbone: Backbone, side: int, like: Tensor) -> Posterior:
+        """The posterior of the target at ``side`` pixels, of one row, where ``like`` is."""
+        if self._known is None:
+            self._known = WeakKeyDictionary()
+        if backbone not in self._known:
+            picture = target_image(self.target, side).to(like)
+            self._known[backbone] = backbone.encode_all(picture, 1)
+        return self._known[backbone]

@@ -177,7 +177,7 @@ class Backbone(nn.Module, Family):
     @property
     def advice(self) -> str:
         """A line for whoever is about to fit it; empty where there is nothing to say."""
-        if not self.distilled:
+        if self.denoiser is None or not self.distilled:
             return ""
         return (
             f"this {self.family} model is distilled: it draws in a few steps, which fine-tuning takes from it, so that "
@@ -186,13 +186,19 @@ class Backbone(nn.Module, Family):
 
     @property
     def denoiser(self) -> Any:
-        """The network that predicts: a U-Net or a transformer."""
-        return getattr(self, self.denoiser_name())
+        """The network that predicts: a U-Net or a transformer; None where the autoencoder alone was loaded."""
+        return getattr(self, self.denoiser_name(), None)
 
     @property
     def text_encoders(self) -> dict[str, Any]:
-        """The text encoders by name."""
-        return {name: getattr(self, name) for name in self.networks if name.startswith("text_encoder")}
+        """The text encoders by name, as far as they were loaded."""
+        names = [name for name in self.networks if name.startswith("text_encoder") and hasattr(self, name)]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def attacked(self) -> dict[str, nn.Module]:
+        """The networks that an attack's gradient goes through, as far as they were loaded."""
+        return {**({"denoiser": self.denoiser} if self.denoiser is not None else {}), "encoder": self.vae.encoder}
 
     @property
     def pixels_said(self) -> int:
@@ -260,7 +266,7 @@ class Backbone(nn.Module, Family):
             self.encodes_twice = not getattr(self.vae, "_supports_gradient_checkpointing", False)
             if not self.encodes_twice:
                 self.vae.enable_gradient_checkpointing()
-        if which is True:
+        if which is True and self.denoiser is not None:
             self.denoiser.enable_gradient_checkpointing()
 
     def rest_decoder(self) -> None:

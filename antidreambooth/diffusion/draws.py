@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ class Draw:
     noise: Float[Tensor, "n c h w"]
     posterior_noise: Float[Tensor, "n c h w"]
     transforms: tuple[Float[Tensor, "n _"], ...] = ()  # one for each random transform
+    clean: tuple[Float[Tensor, "n _ _ _"], ...] = ()  # mean and std of the clean photos' latents, where they count
+    parts: tuple[Draw, ...] = ()  # of the terms of a sum
 
     @classmethod
     def sample(
@@ -36,18 +38,40 @@ class Draw:
         noise, posterior_noise = normal((2, *shape), generator)
         return cls(drawn, noise, posterior_noise)
 
+    @classmethod
+    def nothing(cls, count: int, device: torch.device, parts: Sequence[Draw] = ()) -> Draw:
+        """Of ``count`` images for which nothing is random, or only what is in ``parts``."""
+        none = torch.zeros((count, 0, 0, 0), device=device, dtype=torch.float32)
+        return cls(torch.zeros(count, device=device, dtype=torch.int64), none, none, parts=tuple(parts))
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of it, one after the other."""
-        return self.timesteps, self.noise, self.posterior_noise, *self.transforms
+        found: list[Tensor] = []
 
-    @classmethod
-    def of_tensors(cls, drawn: Sequence[Tensor]) -> Draw:
-        """What has these tensors."""
-        timesteps, noise, posterior_noise, *transforms = drawn
-        return cls(timesteps, noise, posterior_noise, tuple(transforms))
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.changed(note)
+        return tuple(found)
+
+    def filled(self, tensors: Sequence[Tensor]) -> Draw:
+        """One of the same form that has these tensors."""
+        given = iter(tensors)
+        return self.changed(lambda _: next(given))
 
     def rows(self, index: slice) -> Draw:
         """The part that belongs to some of the images."""
-        numbers = tuple(drawn[index] for drawn in self.transforms)
-        return Draw(self.timesteps[index], self.noise[index], self.posterior_noise[index], numbers)
+        return self.changed(lambda tensor: tensor[index])
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Draw:
+        """One with each tensor changed."""
+        return Draw(
+            change(self.timesteps),
+            change(self.noise),
+            change(self.posterior_noise),
+            tuple(map(change, self.transforms)),
+            tuple(map(change, self.clean)),
+            tuple(part.changed(change) for part in self.parts),
+        )

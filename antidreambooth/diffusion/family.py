@@ -25,6 +25,7 @@ class Family(ABC):
     text_lora: ClassVar[tuple[str, ...]] = ()  # text encoders that may learn
     # Text encoders that learn a new word, and the names of its vectors in the official file; "" for the word itself.
     inverted: ClassVar[Mapping[str, str]] = {}
+    spread: ClassVar[bool] = True  # whether the autoencoder gives latents a variance
     density: ClassVar[TimestepSampler] = Uniform()
     schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)  # names of schedulers it may have
     arguments: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # of the pipeline, for the parts of a Conditioning

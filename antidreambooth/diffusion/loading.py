@@ -37,7 +37,7 @@ HARMLESS = {  # what files may hold beside a network's weights: the rest of a wh
 }
 
 
-def load_backbone(named: Named) -> Backbone:
+def load_backbone(named: Named, encoder_only: bool = False) -> Backbone:
     """Loads a base model's components onto the CPU, from safetensors only.
 
     In fp32, or as ``Source.frozen_weights`` says: with bf16 denoiser and text encoders are read in bf16, and what
@@ -47,13 +47,15 @@ def load_backbone(named: Named) -> Backbone:
     Args:
         named: ``embedded``, a folder in diffusers layout, or a hub id (downloaded once, then cached); or a ``Source``,
             which adds a revision, a variant, or to one file the folder of its other components.
+        encoder_only: whether the autoencoder is all that is loaded, which encodes and decodes; no denoiser and no text
+            encoder takes time or memory then, and the fingerprint is of the autoencoder.
 
     Raises:
         InputError: a component is missing or damaged, the components do not fit each other, the model is of no family
             that is supported, the hub cannot be reached, or weights of 4 bits do not work here.
     """
     source = Source.of(named)
-    if source.frozen_weights == "nf4":
+    if source.frozen_weights == "nf4" and not encoder_only:
         require_four_bits(source)
     kind, configs, held = inspect(source)
     place = locate(source)
@@ -89,10 +91,12 @@ def load_backbone(named: Named) -> Backbone:
         return made
 
     with made_on_cpu():
-        parts = {part: load(tokenizer, part) for part, tokenizer in kind.tokenizers.items()}
+        tokenizers = {} if encoder_only else kind.tokenizers
+        parts = {part: load(tokenizer, part) for part, tokenizer in tokenizers.items()}
         parts[SCHEDULER] = load(_scheduler_kind(kind, configs), SCHEDULER)
         _check_tokens(parts, kind, configs, source)
-        parts |= {part: network(component, part) for part, component in kind.networks.items()}
+        networks = {part: made for part, made in kind.networks.items() if part == "vae" or not encoder_only}
+        parts |= {part: network(component, part) for part, component in networks.items()}
         index = read_json(source, INDEX)
         switches = {name: index[name] for name in kind.switches if isinstance(index.get(name), bool)}
         backbone = kind(**parts, **switches, defaults=read_defaults(source))
@@ -133,7 +137,7 @@ def _scheduler_kind(kind: type[Backbone], configs: Configs) -> Any:
 
 def _check_tokens(parts: Mapping[str, Any], kind: type[Backbone], configs: Configs, source: Source) -> None:
     """Refuses a tokenizer with tokens that its text encoder has no embedding for."""
-    for part in kind.tokenizers:
+    for part in kind.tokenizers.keys() & parts.keys():
         encoder = part.replace("tokenizer", "text_encoder")
         tokens, known = len(parts[part]), configs[encoder]["vocab_size"]
         if tokens > known:

@@ -110,6 +110,13 @@ class Noising(nn.Module):
         signal, spread, toward_noise, toward_clean = self._at(t, "signal", "spread", "toward_noise", "toward_clean")
         return (toward_noise * noisy - spread * prediction) / (toward_noise * signal - spread * toward_clean)
 
+    def noise(
+        self, noisy: Float[Tensor, "n c h w"], t: Int[Tensor, " n"], prediction: Float[Tensor, "n c h w"]
+    ) -> Float[Tensor, "n c h w"]:
+        """E out of the same two equations: a prediction converted to noise."""
+        signal, spread, toward_noise, toward_clean = self._at(t, "signal", "spread", "toward_noise", "toward_clean")
+        return (signal * prediction - toward_clean * noisy) / (toward_noise * signal - spread * toward_clean)
+
     def step_back(
         self, noisy: Float[Tensor, "n c h w"], t: Int[Tensor, " n"], prediction: Float[Tensor, "n c h w"]
     ) -> Float[Tensor, "n c h w"]:

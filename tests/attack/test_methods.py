@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
-from antidreambooth.attack.objectives import Denoising, Targeted
+from antidreambooth.attack.objectives import Denoising, LikelihoodRatio, Targeted
 from antidreambooth.attack.pool import Pooled
 from antidreambooth.attack.steps import Momentum
 from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded
@@ -36,15 +36,22 @@ def surrogates(assembly, photos=2):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_becomes_what_its_row_says(method, small_model, small_v_model):
     row = METHODS[method]
-    models = [load_backbone(str(name)) for name in (small_model, small_v_model)[: 1 + row.several]]
-    assembly = adopted(method, models)
+    bare = row.surrogate == "none"
+    models = [load_backbone(str(name), bare) for name in (small_model, small_v_model)[: 1 + row.several]]
+    ratio = LikelihoodRatio(str(small_model)) if method == "decoy" else None
+    assembly = adopted(method, models, objective=ratio)
     made = surrogates(assembly)
     assert assembly.attack.steps == row.pgd_steps
     assert type(assembly.attack.objective) is type(row.objective())
+    assert type(assembly.attack.rule) is type(row.step_rule())
     kinds = {{"alternating": Alternating, "pool": Pooled}.get(row.surrogate, Fixed)}
     assert {type(surrogate) for surrogate in made} == kinds
     assert [surrogate.backbone for surrogate in made] == models
     assert all(bool(model.learned()) == (row.surrogate in ("alternating", "pool")) for model in models)
+    assert assembly.encoder_only == bare
+    if bare:
+        assert [surrogate.prompt_embedding() for surrogate in made] == [()]
+        return
     wanted = "a photo of person" if row.surrogate == "untouched" else TRAINING.instance_prompt
     expected = [model.embed([wanted]) for model in models]
     for surrogate, embedding in zip(made, expected, strict=True):

@@ -109,12 +109,12 @@ def test_a_target_belongs_to_each_model(small_model, small_v_model):
     first, second = load_backbone(str(small_model)), load_backbone(str(small_v_model))
     with torch.no_grad():
         second.vae.encoder.conv_in.weight.mul_(2)
-    goals = [objective._goal(model, 16, images) for model in (first, second)]
+    goals = [objective.goal(model, 16, images).mean for model in (first, second)]
     assert not torch.equal(*goals)
-    assert torch.equal(objective._goal(first, 16, images), goals[0])
+    assert torch.equal(objective.goal(first, 16, images).mean, goals[0])
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", set(PATTERNS) - {"grey"})
 def test_patterns_are_pictures_with_contrast(name):
     picture = target_image(name, 64)
     assert picture.shape == (1, 3, 64, 64)
@@ -130,7 +130,8 @@ def test_a_target_can_be_a_picture(tmp_path, backbone):
     assert picture.shape == (1, 3, 16, 16)
     assert picture[0, :, 8, 8].tolist() == [1, -1, -1]
     images = to_float(random_images(2))
-    assert not torch.equal(Targeted(str(path))._goal(backbone, 16, images), Targeted()._goal(backbone, 16, images))
+    goals = [Targeted(name).goal(backbone, 16, images).mean for name in (str(path), "checkerboard")]
+    assert not torch.equal(*goals)
 
 
 def test_a_target_that_is_none_is_refused_at_once():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from antidreambooth.attack.canvas import STEP, SquareCanvas, project
 from antidreambooth.attack.cost import counted
-from antidreambooth.attack.objectives import Denoising, Targeted, Transformed
+from antidreambooth.attack.objectives import ACE, Denoising, EncoderTarget, Targeted, Term, Transformed, Weighted
 from antidreambooth.attack.perturbation import PGD, pixel_gradient
 from antidreambooth.attack.surrogates import Fixed
 from antidreambooth.attack.transforms import Crop, Flip
@@ -57,6 +57,7 @@ OBJECTIVES = {
     "denoising": Denoising(),
     "targeted": Targeted("rings"),
     "transformed": Transformed([Flip(), Crop(0.5)], Targeted()),
+    "sum": Weighted([Term(Denoising(), 0.5), Term(EncoderTarget()), Term(ACE(), 2.0)]),
 }
 
 

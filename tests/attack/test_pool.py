@@ -103,7 +103,7 @@ def test_a_pool_learns_as_a_victim_does_and_needs_a_step_for_each_member(small_m
     assert (found.steps, found.batch_size, found.learning_rate) == (full.steps, full.batch_size, full.learning_rate)
     few = Assembly(METHODS["metacloak"], Settings(training=DreamBooth(steps=2), members=3))
     with pytest.raises(InputError, match="2 training steps give no 3 models"):
-        few.require_learnable([Source(str(small_model))])
+        few.require_possible([Source(str(small_model))])
 
 
 def test_of_a_u_net_only_keys_and_values_of_the_text_learn(backbone):

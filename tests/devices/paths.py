@@ -12,7 +12,16 @@ from torch import Tensor
 
 from antidreambooth.attack.canvas import Canvas, OwnSizeCanvas, SquareCanvas
 from antidreambooth.attack.methods import METHODS, Assembly, Lend, Settings, plain_weights
-from antidreambooth.attack.objectives import Targeted, Transformed
+from antidreambooth.attack.objectives import (
+    Denoising,
+    EncoderAway,
+    ScoreDistillation,
+    Targeted,
+    Term,
+    Transformed,
+    Weighted,
+)
+from antidreambooth.attack.objectives.ratio import decoys
 from antidreambooth.attack.parametrisation import OwnSize, Square
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import Outcome, alternate
@@ -33,6 +42,8 @@ TRAINING = DreamBooth(learning_rate=RATE, steps=1, batch_size=2, prior=PriorPres
 ROUND = Settings(pgd_steps=1, micro_batch=2, members=1, training=TRAINING, parametrisation=Square())
 OWN = replace(ROUND, parametrisation=OwnSize(), pgd_steps=2)  # a whole view and a part
 BOTH = Transformed([Flip(), Crop()])
+AWAY = Transformed([Crop()], EncoderAway())
+SUM = Weighted([Term(Denoising()), Term(AWAY), Term(ScoreDistillation())])
 CHECKPOINTED = replace(TRAINING, gradient_checkpointing=True)
 
 ROUNDS: dict[str, tuple[str, Settings]] = {  # each method as it is, and what a user may have otherwise
@@ -50,6 +61,7 @@ ROUNDS: dict[str, tuple[str, Settings]] = {  # each method as it is, and what a 
     "own size": ("aspl", OWN),
     "own size of several": ("e-aspl", OWN),
     "own size, momentum": ("advdm", replace(OWN, step_rule=Momentum(random_start=True))),
+    "own size, sum": ("advdm", replace(OWN, objective=SUM, step_rule=Sign(random_start=True), draws=2)),
     "no prior": ("aspl", replace(ROUND, training=replace(TRAINING, prior=PriorPreservation(weight=0.0)))),
 }
 QUICK = ("aspl", "t-aspl", "advdm", "momentum", "l2", "transformed", "lora", "textual inversion", "own size")
@@ -103,6 +115,8 @@ def ready(
         return backbone.encode_all(photos(3, device, 2, side), 2)
 
     assembly.adopt(models if assembly.method.several else models[:1], class_latents, seed=0)
+    for ratio in decoys(assembly.attack.objective):
+        ratio.oppose(models[0], models[1], models[1].embed([PROMPT]))
     canvas = canvas_of(settings, device, side=side)
     clean = canvas_of(settings, device, 1, side)
     surrogates = assembly.surrogates(canvas.images(canvas.blank), clean.lessons(clean.blank), lend)

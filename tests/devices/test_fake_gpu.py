@@ -40,6 +40,7 @@ COPIES = {
     "e-fsmg": 2,
     "advdm": 1,
     **{"simac": 2, "caat": 2, "metacloak": 2},
+    **{"mist": 1, "ace": 1, "sds": 1, "photoguard": 0, "pid": 0, "decoy": 1},
     "momentum": 1,
     "l2": 1,
     "random start": 2,
@@ -53,6 +54,7 @@ COPIES = {
     "own size": 2,
     "own size of several": 4,
     "own size, momentum": 1,
+    "own size, sum": 1,
     "no prior": 1,
 }
 
@@ -239,7 +241,7 @@ def test_a_notebook_cloaks_on_the_device_and_gets_pixels_on_the_cpu(models, smal
     with (
         patch("antidreambooth.api.device_named", lambda _: CUDA),
         patch("antidreambooth.api.shared_resolution", lambda *_: 16),  # looks at values of the noise schedule
-        patch("antidreambooth.api.load_backbone", lambda _: empty_on(left.pop(0), CPU)),
+        patch("antidreambooth.api.load_backbone", lambda *_: empty_on(left.pop(0), CPU)),
         patch("antidreambooth.api.plain_weights", lend),
         patch("antidreambooth.api.class_images", lambda *_, **__: random_images(3, seed=2)),
         patch("antidreambooth.attack.parametrisation.to_8bit", to_8bit),

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from antidreambooth import cloak
 from antidreambooth.attack.canvas import STEP
 from antidreambooth.attack.methods import METHODS
+from antidreambooth.attack.objectives import LikelihoodRatio
 from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.sampling import noise_of, sample
@@ -169,7 +171,8 @@ def test_photos_go_through_a_condition(small_model, kind):
 def test_a_notebook_cloaks(small_model, small_v_model, device, method):
     unchecked: Any = inspect.unwrap(cloak)
     given = random_images(3).permute(0, 2, 3, 1).numpy()
-    options = {"ensemble": [small_v_model] if METHODS[method].several else [], "settings": ROUND, "rounds": 2}
+    settings = replace(ROUND, objective=LikelihoodRatio(str(small_v_model))) if method == "decoy" else ROUND
+    options = {"ensemble": [small_v_model] if METHODS[method].several else [], "settings": settings, "rounds": 2}
     cloaked = np.stack(unchecked(given, small_model, method, device=device, **options))
     change = np.abs(cloaked.astype(np.int32) - given).max(axis=(1, 2, 3))
     assert ((change > 0) & (change <= 8)).all()

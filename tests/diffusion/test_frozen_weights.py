@@ -66,9 +66,9 @@ def test_base_models_by_plain_name_are_held_as_the_first_one(command, small_v_mo
     held = []
     usual = backbone_module.load_backbone
 
-    def noted(source: Source) -> Backbone:
+    def noted(source: Source, encoder_only: bool) -> Backbone:
         held.append(source.frozen_weights)
-        return usual(source)
+        return usual(source, encoder_only)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone_module, "load_backbone", noted)

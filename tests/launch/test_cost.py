@@ -101,6 +101,7 @@ def test_what_is_trained_decides_what_weights_are_written(small_model):
     cloak = lambda config, *flags: footprint_of_cloak(settings_of(config, small_model, *flags), parsed)  # noqa: E731
     networks = weights_in(small_model / "unet", small_model / "text_encoder")
     whole = networks + weights_in(small_model / "vae")
+    inside = "{class_path: Weighted, init_args: {terms: [{objective: LikelihoodRatio, weight: 2.0}]}}"
     ensemble = f"--model.ensemble.backbones=[{small_model}]"
     for config, flags, weights in (
         ("aspl", [], 2 * networks),
@@ -110,6 +111,10 @@ def test_what_is_trained_decides_what_weights_are_written(small_model):
         ("fsmg", [], whole),
         ("e-fsmg", [ensemble], 2 * whole),
         ("advdm", [], 0),
+        ("pid", [], 0),
+        ("decoy", [], 2 * whole),
+        ("decoy", ["--model.objective=LikelihoodRatio", f"--model.objective.decoy={small_model}"], whole),
+        ("fsmg", [f"--model.objective={inside}"], 2 * whole),
     ):
         assert cloak(config, *flags).weights == pytest.approx(weights, rel=0.1), config
     settings = settings_of("fsmg", small_model)

@@ -74,14 +74,15 @@ def test_it_counts_the_rounds_that_are_left(command, tmp_path, everything):
     assert everything() == before
 
 
-@pytest.mark.parametrize("config", ["fsmg", "advdm", "e-fsmg"])
+@pytest.mark.parametrize("config", ["fsmg", "advdm", "e-fsmg", "photoguard", "decoy"])
 def test_surrogates_count_and_are_not_trained(command, tmp_path, everything, noted, config):
     before, rounds, steps = everything(), noted(FSMG), noted(Victim)
     found = estimated(command("--dry_run", config=config)).seconds
     assert everything() == before
     assert rounds == [0, 1]
-    assert steps == {"fsmg": [0, 1], "advdm": [], "e-fsmg": [0, 1] * 2}[config]  # the victim has two steps
-    assert (found.get("training surrogates", 0) > 0) == (config != "advdm")
+    models = {"fsmg": 1, "advdm": 0, "e-fsmg": 2, "photoguard": 0, "decoy": 2}[config]
+    assert steps == [0, 1] * models  # the victim has two steps
+    assert (found.get("training surrogates", 0) > 0) == (models > 0)
 
 
 def test_a_victims_steps_count(small_model, photos, tmp_path, everything, noted, capsys):

@@ -86,9 +86,9 @@ def watched(patch) -> list[str]:
     module, seen = lightning_modules.backbone_module, []
     load, images = module.load_backbone, module.class_images
 
-    def read(source):
+    def read(source, encoder_only):
         seen.append("surrogate" if "surrogates" in source.name else "base model")
-        return load(source)
+        return load(source, encoder_only)
 
     def draw(*args, **options):
         seen.append("class images")

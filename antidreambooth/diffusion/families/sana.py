@@ -32,6 +32,7 @@ class Sana(Backbone):
         "text_encoder": Gemma2Model,
     }
     tokenizers: ClassVar[Mapping[str, Any]] = {"tokenizer": GemmaTokenizer}
+    spread = False
     schedulers = ("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
     lora_targets = ("to_q", "to_k", "to_v")
     arguments = ("prompt_embeds", "prompt_attention_mask")
