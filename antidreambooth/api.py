@@ -70,7 +70,8 @@ def cloak(
             prompt it knows the person. The embedded model is refused for these methods, and so is one whose manifest
             speaks of no person; of one without a manifest, a warning says that it is not known whether it was.
         method: ``aspl``, ``t-aspl``, ``e-aspl``, ``fsmg``, ``t-fsmg``, ``e-fsmg``, ``advdm``, ``mist``, ``ace``,
-            ``sds``, ``photoguard``, ``pid``, or ``decoy`` with ``Settings(objective=LikelihoodRatio(decoy=FOLDER))``.
+            ``sds``, ``photoguard``, ``pid``, ``simac``, ``caat``, ``metacloak``, or ``decoy`` with
+            ``Settings(objective=LikelihoodRatio(decoy=FOLDER))``.
         budget: largest change of a pixel's value, in 8-bit steps.
         clean_images: other photos of the person, which the surrogate learns from; ``images`` when not given.
         ensemble: further base models, for ``e-aspl`` and ``e-fsmg``.
@@ -82,7 +83,8 @@ def cloak(
         device: ``cpu``, ``cuda`` and so on; a GPU where there is one when not given.
         region: where the photos may change, such as ``Region(widths=2.0)`` for faces alone: everywhere when not given.
         again: whether files may be given that a run of this project has cloaked, as a manifest near them says.
-        progress: wraps the loop over rounds (and one over class images), such as ``tqdm.auto.tqdm``.
+        progress: wraps the loop over rounds (and those over class images and a pool's training), such as
+            ``tqdm.auto.tqdm``.
 
     Returns:
         The cloaked photos in the order of ``images``, upright, at their own size, with their colour profile and alpha
@@ -170,7 +172,7 @@ def _cloaked(
     perturbation, memory = attack.start(canvas, run.seed), None
     with torch.autocast(where.type, torch.bfloat16, enabled=low):
         seen = canvas.images(canvas.blank)
-        surrogates = assembly.surrogates(seen, reference.lessons(reference.blank), plain_weights)
+        surrogates = assembly.surrogates(seen, reference.lessons(reference.blank), plain_weights, progress)
         for number in progress(range(run.rounds)):
             turn = replace(run, number=number)
             outcome = alternate(surrogates, canvas, canvas.blank + perturbation, attack, turn, memory)

@@ -27,6 +27,7 @@ from antidreambooth.diffusion.layout import (
 )
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
+from antidreambooth.finetuning.cross_attention import CrossAttention
 from antidreambooth.photos.decoding import find_photos
 from antidreambooth.photos.original import uncompressed
 from launch.runs import Parse, backbones_of, command
@@ -132,7 +133,7 @@ def footprint_of_victim(settings: Namespace, trained: bool = True, keep_models: 
     drawn = 3 * len(model.generation.prompts) * model.generation.images * picture  # images, grid.png, TensorBoard
     if not trained:
         return Footprint(0, drawn, 0, {})
-    whole = sum(bytes_of_networks(source).values()) if learns_whole(model) else 0
+    whole = sum(bytes_of_networks(source).values()) if saved_whole(model) else 0
     kept, weights = (whole, 0) if keep_models else (0, whole)
     images = class_images(model.training, [source], side)
     return Footprint(picture, drawn + kept, weights, images)
@@ -249,6 +250,11 @@ def learns_whole(model: Namespace) -> bool:
     """Whether whole networks are trained; what else there is, such as a LoRA, is too small to be counted here."""
     adaptation = model.get("adaptation")
     return adaptation is None or adaptation.class_path.rpartition(".")[2] == "Full"
+
+
+def saved_whole(model: Namespace) -> bool:
+    """Whether a victim is saved as a whole pipeline."""
+    return learns_whole(model) or model.adaptation.class_path.rpartition(".")[2] == CrossAttention.__name__
 
 
 def class_images(training: Namespace, backbones: Sequence[Source], side: int) -> dict[tuple[Source, str, int], int]:

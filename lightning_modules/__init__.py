@@ -3,6 +3,7 @@
 from lightning_modules.aspl import ASPL
 from lightning_modules.cloaking import Cloaking
 from lightning_modules.fsmg import FSMG
+from lightning_modules.metacloak import MetaCloak
 from lightning_modules.pretraining import Pretraining
 from lightning_modules.running.atomic_checkpoint import AtomicCheckpointIO
 from lightning_modules.running.strategies import DDP, FSDP2, DeepSpeed
@@ -17,6 +18,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "Cloaking",
     "DeepSpeed",
+    "MetaCloak",
     "Pretraining",
     "TensorBoardLog",
     "Victim",

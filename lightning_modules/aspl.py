@@ -26,7 +26,7 @@ class ASPL(Cloaking):
 
     Args:
         surrogate: how the surrogate trains.
-        adaptation: what of it is trained: Full (when not given) or, for less memory, LoRA.
+        adaptation: what of it is trained: Full (when not given), CrossAttention or, for less memory, LoRA.
         kwargs: those of every cloaking method.
     """
 
@@ -77,5 +77,5 @@ class ASPL(Cloaking):
     def effective(self) -> dict[str, Any]:
         """Also how the surrogates train."""
         first, *others = self.assembly.trainings
-        how = {"surrogate": first, "ensemble_surrogates": others, "adaptation": self.assembly.settings.adaptation}
+        how = {"surrogate": first, "ensemble_surrogates": others, "adaptation": self.assembly.adaptation}
         return {**super().effective(), **how}

@@ -206,7 +206,7 @@ class Cloaking(BackboneModule):
         """One round."""
         if not self.surrogates:
             seen = batch.canvas.images(batch.canvas.blank)
-            self.surrogates = self.assembly.surrogates(seen, batch.clean, self.lend)
+            self.surrogates = self.assembly.surrogates(seen, batch.clean, self.lend, self._progress("pool"))
         if self.current_epoch == 0:
             self.perturbation = self.attack.start(batch.canvas, self.seed)
         with counted([*self.backbones, *self.attack.objective.models]) as passes:
@@ -219,11 +219,23 @@ class Cloaking(BackboneModule):
         self.rounds = self.current_epoch + 1
         self._log(outcome)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also keeps what timestep samplers have learned of the photos."""
+        super().on_save_checkpoint(checkpoint)
+        if tables := [sampler.table for sampler in self.attack.samplers]:
+            checkpoint["timesteps"] = tables
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also gives it back to them."""
+        super().on_load_checkpoint(checkpoint)
+        for sampler, table in zip(self.attack.samplers, checkpoint.get("timesteps", []), strict=True):
+            sampler.table = table
+
     def memory_savers(self) -> list[str]:
         """Photos one at a time; base models one at a time; in bf16 what is frozen in it."""
         chosen, alone = self.hparams, self.trainer.world_size == 1
         several = bool(chosen.ensemble.backbones)
-        frozen = not (self.assembly.learns and self.assembly.settings.adaptation.whole)
+        frozen = not (self.assembly.learns and self.assembly.adaptation.whole)
         halved = frozen and self.trainer.precision == "bf16-mixed" and self.source.frozen_weights == "fp32"
         return [
             *(["--model.execution.recorded false"] if chosen.execution.recorded else []),

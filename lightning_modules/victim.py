@@ -77,7 +77,8 @@ class Victim(Training):
             memory (for --trainer.precision bf16-mixed, which rounds to it anyway), ``nf4`` an eighth of the denoiser's
             (also on CUDA, with bitsandbytes, for a LoRA).
         resolution: side of the pictures in pixels; what the backbone was made for when not given.
-        adaptation: what is trained: Full, LoRA or TextualInversion (Untrained for a test of the base model).
+        adaptation: what is trained: Full, CrossAttention, LoRA or TextualInversion (Untrained for a test of the base
+            model).
         training: how.
         augmentation: what the attacker's pipeline does to photos.
         optimization: schedule and kind of the optimizer.
@@ -108,7 +109,7 @@ class Victim(Training):
         source = Source(backbone, revision, variant, components=components, frozen_weights=frozen_weights)
         super().__init__(source=source, resolution=resolution)
         self.adaptation = adaptation or Full()
-        training = training.completed(read_defaults(self.source), self.adaptation.role)
+        training = self.adaptation.usual(training).completed(read_defaults(self.source), self.adaptation.role)
         self.adaptation.require_learnable(self.source, training)
         prompt = self.adaptation.prompt(training.instance_prompt)
         self.training_settings = replace(training, instance_prompt=prompt)

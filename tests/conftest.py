@@ -216,8 +216,9 @@ def command(small_model, small_v_model, photos, tmp_path):
     def build(*more: str, config: str | Path = "aspl", rounds: int = 2, out: str = "out") -> list[str]:
         path = ROOT / "configs" / f"{config}.yaml" if isinstance(config, str) else config
         kinds: dict[str, list[str]] = {"trained": [f"--model.surrogate={SURROGATE}"], "untouched": [], "none": []}
-        fixed = {name: kinds[method.surrogate] for name, method in METHODS.items() if method.surrogate in kinds}
         learning = ["--model.surrogate.learning_rate=1e-3", "--model.surrogate.prior.images=4"]
+        kinds["pool"] = [*learning, "--model.surrogate.steps=5"]
+        fixed = {name: kinds[method.surrogate] for name, method in METHODS.items() if method.surrogate in kinds}
         several = [f"--model.ensemble.backbones=[{small_v_model}]"] if path.stem.startswith("e-") else []
         return [
             "fit",

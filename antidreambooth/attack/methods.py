@@ -25,20 +25,25 @@ from antidreambooth.attack.objectives import (
     ScoreDistillation,
     Targeted,
     Term,
+    Transformed,
     Weighted,
 )
 from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
 from antidreambooth.attack.perturbation import PGD, alone
+from antidreambooth.attack.pool import Pooled
 from antidreambooth.attack.steps import Momentum, Sign, StepRule
 from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded, Surrogate
+from antidreambooth.attack.transforms import Blur, Crop, Flip
 from antidreambooth.diffusion.backbone import Backbone, Posterior
-from antidreambooth.diffusion.class_images import BATCH
-from antidreambooth.diffusion.defaults import given
+from antidreambooth.diffusion.class_images import BATCH, Progress
+from antidreambooth.diffusion.defaults import Defaults, given
+from antidreambooth.diffusion.densities import LargestGradient
 from antidreambooth.diffusion.execution import Execution
 from antidreambooth.diffusion.layout import read_defaults
 from antidreambooth.diffusion.source import Source
-from antidreambooth.errors import InputError
+from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.adaptation import Adaptation
+from antidreambooth.finetuning.cross_attention import CrossAttention
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation, prompts_asked
 from antidreambooth.finetuning.full import Full
 from antidreambooth.finetuning.weights import Weights
@@ -53,21 +58,24 @@ class Method:
 
     Args:
         surrogate: what is attacked: a model that learns clean and cloaked photos in turn (``alternating``), one that
-            was trained on the clean photos before (``trained``), the base model itself (``untouched``), or nothing of
-            it but the autoencoder, whose encoder is all that the objective asks (``none``).
+            was trained on the clean photos before (``trained``), the base model itself (``untouched``), nothing of it
+            but the autoencoder, whose encoder is all that the objective asks (``none``), or models along one training
+            run on the clean photos, each in turn (``pool``).
         rounds: how many.
         pgd_steps: in a round.
         objective: what the perturbation maximises.
         several: whether it wants more than one base model.
         step_rule: what a PGD step does with the gradient.
+        adaptation: what of a surrogate learns.
     """
 
-    surrogate: Literal["alternating", "trained", "untouched", "none"]
+    surrogate: Literal["alternating", "trained", "untouched", "none", "pool"]
     rounds: int
     pgd_steps: int
     objective: Callable[[], Objective] = Denoising
     several: bool = False
     step_rule: Callable[[], StepRule] = Sign
+    adaptation: Callable[[], Adaptation] = Full
 
 
 def mist() -> Objective:
@@ -78,6 +86,16 @@ def mist() -> Objective:
     return Weighted([Term(Denoising(), 0.61), Term(EncoderTarget("checkerboard"))])
 
 
+def simac() -> Objective:
+    """Denoising at the timesteps of the largest gradients (arXiv:2312.07865)."""
+    return Denoising(LargestGradient())
+
+
+def metacloak() -> Objective:
+    """Denoising through what trainers and websites do to photos (arXiv:2311.13127): a blur of 7 pixels, flip, crop."""
+    return Transformed([Blur(0.1, 2.0), Flip(), Crop(0.8)])
+
+
 METHODS = {
     "aspl": Method("alternating", rounds=50, pgd_steps=6),
     "t-aspl": Method("alternating", rounds=50, pgd_steps=6, objective=Targeted),
@@ -86,6 +104,9 @@ METHODS = {
     "t-fsmg": Method("trained", rounds=10, pgd_steps=10, objective=Targeted),
     "e-fsmg": Method("trained", rounds=10, pgd_steps=10, several=True),
     "advdm": Method("untouched", rounds=10, pgd_steps=10),
+    "simac": Method("alternating", rounds=50, pgd_steps=6, objective=simac),
+    "caat": Method("alternating", rounds=50, pgd_steps=6, adaptation=CrossAttention),
+    "metacloak": Method("pool", rounds=50, pgd_steps=6, objective=metacloak),
     "mist": Method("untouched", rounds=10, pgd_steps=10, objective=mist),
     "ace": Method("untouched", rounds=15, pgd_steps=10, objective=ACE),
     "sds": Method("untouched", rounds=10, pgd_steps=10, objective=ScoreDistillation),
@@ -110,7 +131,9 @@ class Settings:
         objective: what the perturbation maximises; the method's own when not given.
         parametrisation: what of the photos PGD moves, and so what comes back: ``OwnSize`` or ``Square``.
         training: how an alternating surrogate learns; of a model that does not learn only its checkpointing counts.
-        adaptation: what of an alternating surrogate learns: ``Full`` or, for less memory, ``LoRA``.
+        adaptation: what of a surrogate learns that is alternating or one of a pool: ``Full``, ``CrossAttention`` or,
+            for less memory, ``LoRA``; the method's own when not given.
+        members: models of a pool, at equal distances along its training run.
         prompt: what a model that does not learn is asked for. When not given: what DreamBooth calls the person, if the
             model was trained on them, and the model's own class prompt, if it is untouched.
         offload: whether only the base model at work is on the device, and the others rest in main memory.
@@ -126,7 +149,8 @@ class Settings:
     objective: Objective | None = None
     parametrisation: Parametrisation = field(default_factory=OwnSize)
     training: DreamBooth = field(default_factory=DreamBooth)
-    adaptation: Adaptation = field(default_factory=Full)
+    adaptation: Adaptation | None = None
+    members: int = 5
     prompt: str | None = None
     offload: bool = False
     execution: Execution = field(default_factory=Execution)
@@ -154,6 +178,8 @@ class Assembly:
                 "execution.recorded keeps all of its memory, and weights where they are: leave out offload and "
                 "gradient_checkpointing, or execution.recorded"
             )
+        require("members", chosen.members, 1)
+        self.adaptation = chosen.adaptation or method.adaptation()
         self.attack = PGD(
             budget=chosen.budget,
             step_size=chosen.step_size,
@@ -166,7 +192,7 @@ class Assembly:
             recorded=chosen.execution.recorded,
         )
         objective = self.attack.objective
-        if self.encoder_only and method.surrogate in ("alternating", "trained"):
+        if self.encoder_only and method.surrogate in ("alternating", "trained", "pool"):
             raise InputError(
                 "the objective asks the encoder alone, which no surrogate changes: attack the base model itself "
                 "(--model.class_path FSMG --model.surrogate null, in Python method='photoguard')"
@@ -183,8 +209,8 @@ class Assembly:
 
     @property
     def learns(self) -> bool:
-        """Whether the surrogates learn in every round."""
-        return self.method.surrogate == "alternating"
+        """Whether the surrogates learn, in every round or before the first one."""
+        return self.method.surrogate in ("alternating", "pool")
 
     @property
     def encoder_only(self) -> bool:
@@ -202,10 +228,8 @@ class Assembly:
         for source in sources:
             for one in self.attack.objective.members():
                 one.require_possible(source)
-        adaptation = self.settings.adaptation
         for source in sources if self.learns else ():
-            training = adaptation.surrogate_settings(self.settings.training, read_defaults(source))
-            adaptation.require_learnable(source, training)
+            self.adaptation.require_learnable(source, self._training(read_defaults(source)))
 
     def asks(self, backbone: Backbone, prompt: str | None = None) -> list[list[str]] | None:
         """The lists of prompts that a run will ask a base model's text encoders for; None where one of them learns.
@@ -219,8 +243,8 @@ class Assembly:
             return None
         if not self.learns:
             return [[given(prompt, given(chosen.prompt, self._usual_prompt(backbone)))]]
-        training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)
-        if chosen.adaptation.teaches_text(training):
+        training = self._training(backbone.defaults)
+        if self.adaptation.teaches_text(training):
             return None
         return prompts_asked(training, min(chosen.micro_batch, BATCH))
 
@@ -248,10 +272,10 @@ class Assembly:
                 backbone.checkpoint(chosen.training.gradient_checkpointing)
             return
         for backbone in self.backbones:
-            training = chosen.adaptation.surrogate_settings(chosen.training, backbone.defaults)
+            training = self._training(backbone.defaults)
             self.trainings.append(training)
             self.classes.append(class_latents(backbone, training.prior) if training.prior.weight else None)
-            chosen.adaptation.apply(backbone, training, seed)
+            self.adaptation.apply(backbone, training, seed)
 
     def groups(self) -> list[dict[str, Any]]:
         """AdamW's parameter groups: what the surrogates learn with, each at its own learning rate."""
@@ -261,7 +285,11 @@ class Assembly:
         ]
 
     def surrogates(
-        self, originals: Float[Tensor, "n 3 h w"], clean: Float[Tensor, "m 3 h w"], lend: Lend
+        self,
+        originals: Float[Tensor, "n 3 h w"],
+        clean: Float[Tensor, "m 3 h w"],
+        lend: Lend,
+        progress: Progress = iter,
     ) -> list[Surrogate]:
         """What the rounds work with, one for each base model; computes what stays the same in all of them.
 
@@ -269,24 +297,44 @@ class Assembly:
             originals: the photos to protect, in [-1, 1], on the device.
             clean: the photos that the surrogates learn from.
             lend: the weights of a base model that learn, with their optimizer.
+            progress: wraps the loop over the steps in which a pool is trained, in the first round.
         """
         made: list[Surrogate] = []
         for number, backbone in enumerate(self.backbones):
-            surrogate = self._surrogate(number, clean, lend)
+            surrogate = self._surrogate(number, clean, lend, progress)
             self.attack.objective.prepare(backbone, originals)
             if self.settings.execution.decoder_rests:
                 backbone.rest_decoder()
             made.append(Offloaded(surrogate, originals.device) if self.settings.offload else surrogate)
         return made
 
-    def _surrogate(self, number: int, clean: Tensor, lend: Lend) -> Surrogate:
+    def _surrogate(self, number: int, clean: Tensor, lend: Lend, progress: Progress) -> Surrogate:
         backbone, micro_batch = self.backbones[number], self.attack.micro_batch
         if not self.learns:
             return Fixed(backbone, None if self.encoder_only else self.prompts[number])
         training = self.trainings[number]
         latents = backbone.encode_all(clean, micro_batch)
         weights, recorded = lend(backbone, training), self.settings.execution.recorded
-        return Alternating(backbone, training, weights, latents, self.classes[number], micro_batch, recorded)
+        given_to = (backbone, training, weights, latents, self.classes[number], micro_batch, recorded)
+        if self.method.surrogate == "pool":
+            return Pooled(*given_to, members=self.settings.members, progress=progress)
+        return Alternating(*given_to)
+
+    def _training(self, defaults: Defaults) -> DreamBooth:
+        """How a surrogate of a base model learns: a pool as a victim does, in as many steps.
+
+        Raises:
+            InputError: a pool has fewer steps than members.
+        """
+        training = self.settings.training
+        if self.method.surrogate == "pool":
+            training = self.adaptation.usual(training).completed(defaults, self.adaptation.role)
+            if (training.steps or 0) < self.settings.members:
+                raise InputError(
+                    f"{training.steps} training steps give no {self.settings.members} models along the way: use fewer "
+                    "--model.members (in Python Settings(members=...)), or more --model.surrogate.steps"
+                )
+        return self.adaptation.surrogate_settings(training, defaults)
 
     def _usual_prompt(self, backbone: Backbone) -> str:
         """An untouched base model knows nobody by name."""

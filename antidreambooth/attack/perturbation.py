@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -17,13 +17,17 @@ from antidreambooth.attack.canvas import STEP, Canvas
 from antidreambooth.attack.objectives import Denoising, Objective
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Surrogate
+from antidreambooth.attack.transforms import JPEGCodec, Transform
 from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior, frozen
+from antidreambooth.diffusion.densities import LargestGradient
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.precision import cast_once
 from antidreambooth.diffusion.recording import Recording
 from antidreambooth.diffusion.seeding import Turn, uniform
-from antidreambooth.errors import require
+from antidreambooth.errors import InputError, require
 from antidreambooth.photos.resampling import grid_size
+
+T = TypeVar("T")
 
 
 def alone(gradient: Tensor) -> Tensor:
@@ -55,6 +59,21 @@ def random_change(size: tuple[int, int], side: int, budget: float, seed: int) ->
     signs = torch.randint(0, 2, (1, 3, height, width), generator=generator, device="cpu") * 2.0 - 1
     enlarged = interpolate(signs * int(budget), size[::-1], mode="bilinear")[0]
     return enlarged.round().to(torch.int16).permute(1, 2, 0)
+
+
+def inside(part: Any, kind: type[T]) -> Iterator[T]:
+    """What of a kind an objective is made of, such as transforms or timestep samplers, at whatever depth.
+
+    Args:
+        part: an objective, or something in one.
+        kind: a class.
+    """
+    for value in vars(part).values():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, kind):
+                yield one
+            if isinstance(one, Objective | Transform) or hasattr(one, "objective"):  # the latter is a term of a sum
+                yield from inside(one, kind)
 
 
 class Ascent(NamedTuple):
@@ -147,6 +166,16 @@ class PGD:
         require("pgd_steps", self.steps, 1)  # as whoever gives it calls it
         require("micro_batch", self.micro_batch, 1)
         require("draws", self.draws, 1)
+        if self.draws > 1 and self.samplers:
+            raise InputError("LargestGradient looks at one draw a step: leave out draws, or use Uniform")
+
+        if self.recorded and next(inside(self.objective, JPEGCodec), None):
+            raise InputError("JPEGCodec runs on the CPU: use JPEG, or leave out execution.recorded")
+
+    @property
+    def samplers(self) -> list[LargestGradient]:
+        """The objective's timestep samplers that learn from the gradients."""
+        return list(inside(self.objective, LargestGradient))
 
     @property
     def effective_step_size(self) -> float:
@@ -158,7 +187,12 @@ class PGD:
         return canvas.project(state, self.budget * STEP)
 
     def start(self, canvas: Canvas, seed: int) -> Tensor:
-        """The perturbation before the first step: nothing, or noise that is the same on every rank and device."""
+        """The perturbation before the first step: nothing, or noise that is the same on every rank and device.
+
+        What timestep samplers know of the photos of another run is forgotten.
+        """
+        for sampler in self.samplers:
+            sampler.begin()
         blank = canvas.blank
         if not self.rule.random_start:
             return torch.zeros_like(blank)
@@ -189,6 +223,7 @@ class PGD:
         backbone = surrogate.backbone
         memory = canvas.begin(self.rule) if memory is None or not self.rule.lasting else memory
         total, slope, latents = torch.zeros((3,), device=state.device, dtype=torch.float32)
+        watching = self.samplers
         # A recording rounds weights by itself: it reads those that stay where they are.
         others = [model.denoiser for model in self.objective.models]
         rounded = nullcontext() if self.recorded else cast_once(*backbone.attacked.values(), *others)
@@ -202,6 +237,8 @@ class PGD:
                     clean = canvas.images(canvas.blank, looks)
                     draws = self.objective.compared(backbone, clean, draws, self.micro_batch)
                 ascent = self._gradient(backbone, images, embedding, draws)
+                for sampler in watching:
+                    sampler.observe(ascent.gradient.abs().flatten(1).mean(dim=1), self.reduce)
                 gradient = self.reduce(canvas.gradient(ascent.gradient, looks))
                 direction, memory = canvas.direction(self.rule, gradient, memory)
                 step = size * self.rule.factor(turn.progress(number / self.steps))

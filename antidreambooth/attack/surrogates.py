@@ -132,12 +132,21 @@ class Alternating:
 
     def _learn(self, instances: Posterior, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
         """One phase of DreamBooth steps with a fresh AdamW; returns the mean loss."""
-        size, steps = given(self.training.batch_size, 1), given(self.training.steps, 0)
-        where = instances.mean.device
+        steps = given(self.training.steps, 0)
+        total = torch.zeros((), device=instances.mean.device, dtype=torch.float32)
+        self.weights.forget()  # whoever writes a checkpoint may have filled in moments
+        for loss in self._steps(instances, steps, turn, generator):
+            total = total + loss
+        self.weights.forget()
+        return total / max(steps, 1)
+
+    def _steps(
+        self, instances: Posterior, steps: int, turn: Turn, generator: torch.Generator
+    ) -> Iterator[Float[Tensor, ""]]:
+        """DreamBooth steps on images with these latents, one each time that a loss is asked for."""
+        size, where = given(self.training.batch_size, 1), instances.mean.device
         batches = turn.batches(steps, size, len(instances.mean), where)
         classes = turn.batches(steps, size, len(self.classes.mean), where) if self.classes else batches
-        total = torch.zeros((), device=where, dtype=torch.float32)
-        self.weights.forget()  # whoever writes a checkpoint may have filled in moments
         backbone, training = self.backbone, self.training
         prompts = still_prompts(backbone, training, self.classes is not None)
         # A recording rounds weights by itself: it reads those that stay where they are.
@@ -146,9 +155,7 @@ class Alternating:
             for batch, class_batch in zip(batches, classes, strict=True):
                 posterior = joined(instances.rows(batch), self.classes.rows(class_batch) if self.classes else None)
                 draw = Draw.sample(backbone, posterior.mean.shape, generator)
-                total = total + self._step(posterior, draw, prompts)
-        self.weights.forget()
-        return total / max(steps, 1)
+                yield self._step(posterior, draw, prompts)
 
     def _step(self, posterior: Posterior, draw: Draw, prompts: Conditioning | None) -> Float[Tensor, ""]:
         """One optimizer step; returns its loss."""

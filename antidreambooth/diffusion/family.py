@@ -20,6 +20,8 @@ class Family(ABC):
     tokenizers: ClassVar[Mapping[str, Any]]
     published: ClassVar[Defaults]
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    # Pattern of the denoiser's layers that make keys and values of the text, for the picture to attend to.
+    text_layers: ClassVar[str] = r".*\.attn2\.to_[kv]"
     text_lora: ClassVar[tuple[str, ...]] = ()  # text encoders that may learn
     # Text encoders that learn a new word, and the names of its vectors in the official file; "" for the word itself.
     inverted: ClassVar[Mapping[str, str]] = {}

@@ -48,6 +48,10 @@ class Adaptation(ABC):
         """The prompt as the trained model knows it."""
         return text
 
+    def usual(self, training: DreamBooth) -> DreamBooth:
+        """Settings with those values that go without saying for this way, whatever the base model."""
+        return training
+
     def teaches_text(self, training: DreamBooth) -> bool:
         """Whether something of a text encoder learns."""
         return bool(training.train_text_encoder)
@@ -82,6 +86,7 @@ class Adaptation(ABC):
 
     def surrogate_settings(self, training: DreamBooth, defaults: Defaults) -> DreamBooth:
         """Settings of a surrogate that learns in this way: phases as usual, the learning rate of what is trained."""
+        training = self.usual(training)
         if self.role != "full":
             recipe = defaults.recipe(self.role)
             training = replace(

@@ -5,6 +5,7 @@ import torch
 
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.objectives import Denoising, LikelihoodRatio, Targeted
+from antidreambooth.attack.pool import Pooled
 from antidreambooth.attack.steps import Momentum
 from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded
 from antidreambooth.diffusion.loading import load_backbone
@@ -43,10 +44,10 @@ def test_every_method_becomes_what_its_row_says(method, small_model, small_v_mod
     assert assembly.attack.steps == row.pgd_steps
     assert type(assembly.attack.objective) is type(row.objective())
     assert type(assembly.attack.rule) is type(row.step_rule())
-    kinds = {Alternating} if row.surrogate == "alternating" else {Fixed}
+    kinds = {{"alternating": Alternating, "pool": Pooled}.get(row.surrogate, Fixed)}
     assert {type(surrogate) for surrogate in made} == kinds
     assert [surrogate.backbone for surrogate in made] == models
-    assert all(bool(model.learned()) == (row.surrogate == "alternating") for model in models)
+    assert all(bool(model.learned()) == (row.surrogate in ("alternating", "pool")) for model in models)
     assert assembly.encoder_only == bare
     if bare:
         assert [surrogate.prompt_embedding() for surrogate in made] == [()]

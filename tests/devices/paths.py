@@ -39,7 +39,7 @@ from tests.conftest import random_images
 PROMPT = "a photo of sks person"
 RATE = 1e-3
 TRAINING = DreamBooth(learning_rate=RATE, steps=1, batch_size=2, prior=PriorPreservation(weight=0.5, images=4))
-ROUND = Settings(pgd_steps=1, micro_batch=2, training=TRAINING, parametrisation=Square())
+ROUND = Settings(pgd_steps=1, micro_batch=2, members=1, training=TRAINING, parametrisation=Square())
 OWN = replace(ROUND, parametrisation=OwnSize(), pgd_steps=2)  # a whole view and a part
 BOTH = Transformed([Flip(), Crop()])
 AWAY = Transformed([Crop()], EncoderAway())

@@ -20,7 +20,7 @@ from antidreambooth.attack.methods import Settings
 from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.errors import InputError
-from antidreambooth.finetuning import Adaptation, Full, LoRA, TextualInversion
+from antidreambooth.finetuning import Adaptation, CrossAttention, Full, LoRA, TextualInversion
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from lightning_modules.aspl import ASPL
 from lightning_modules.victim import Victim
@@ -35,11 +35,13 @@ FILE = "pytorch_lora_weights.safetensors"
 # What diffusers trains and loads of each family.
 TEXT = ("sd", "sd-v", "sdxl", "sd3", "flux", "flux-schnell")
 WORDS = ("sd", "sd-v", "sdxl", "flux", "flux-schnell")
+SHARED = ("z-image", "lumina2")  # whose keys and values of the text are those of the picture, too
 KINDS: dict[str, tuple[Adaptation, bool, tuple[str, ...]]] = {  # is the text encoder trained, of which families
     "lora": (LoRA(rank=2), False, tuple(TINY)),
     "lora-text": (LoRA(rank=2, alpha=6), True, TEXT),
     "full": (Full(), False, tuple(TINY)),
     "full-text": (Full(), True, TEXT),
+    "keys-and-values": (CrossAttention(), False, ("sd", "sd3", "z-image")),  # of each kind of attention one
     "textual-inversion": (TextualInversion(), False, WORDS),
 }
 TABLE = [(name, kind) for name in TINY for kind, (_, _, names) in KINDS.items() if name in names]
@@ -161,6 +163,20 @@ def drawn(name: str, pipe: Any, backbone: Backbone, prompts: list[str]) -> Tenso
 
 def test_it_learns(learned):
     assert loss(learned.backbone, learned.prompts) < learned.before
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_has_keys_and_values_of_the_text_and_all_of_them_are_used(models, name):
+    backbone = load_backbone(str(models(name)))
+    adaptation = CrossAttention()
+    adaptation.apply(backbone, adaptation.surrogate_settings(DreamBooth(), backbone.defaults), seed=0)
+    loss(backbone, list(PROMPTS)).backward()
+    learned = {n: weight for n, weight in backbone.named_parameters() if weight.requires_grad}
+    kinds = {"attn2", "add_k_proj", "add_v_proj"} if name not in SHARED else {"layers"}
+    assert all(kinds & set(n.split(".")) and "refiner" not in n for n in learned)
+    assert learned
+    slopes = [weight.grad for n, weight in learned.items() if n.endswith("weight")]  # a key's bias changes nothing
+    assert all(slope is not None and slope.abs().max() > 0 for slope in slopes)
 
 
 @torch.no_grad()

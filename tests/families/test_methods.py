@@ -103,14 +103,15 @@ def cloaking(photos, tmp_path) -> Callable[..., list[str]]:
         method: str, model: Path, *more: str, others: Sequence[Path] = (), rounds: int = 1, out: str = "out"
     ) -> list[str]:
         learning = [f"--model.surrogate.steps={PHASE}", f"--model.surrogate.{PRIOR}"]
-        kinds = {"alternating": learning, "trained": [f"--model.surrogate={SURROGATE}"], "untouched": [], "none": []}
+        pool = [*learning, "--model.members=1", "--model.surrogate.batch_size=1"]
+        kinds = {"alternating": learning, "pool": pool, "trained": [f"--model.surrogate={SURROGATE}"]}
         return [
             "fit",
             f"--config={ROOT / 'configs' / method}.yaml",
             f"--data.photos={photos}",
             f"--model.backbone={model}",
             f"--model.pgd_steps={STEPS}",
-            *kinds[METHODS[method].surrogate],
+            *kinds.get(METHODS[method].surrogate, []),
             *([f"--model.ensemble.backbones=[{','.join(map(str, others))}]"] if others else []),
             *CPU,
             f"--trainer.max_epochs={rounds}",
@@ -137,7 +138,8 @@ def passes(method: str) -> dict[str, int]:
     chosen = METHODS[method]
     models, attacked = (2 if chosen.several else 1), STEPS * PHOTOS
     learning = chosen.surrogate == "alternating"
-    learned = 2 * PHASE * 2 if learning else 0  # two phases, of a photo and a class image a step
+    phases = {"alternating": 2, "pool": 1}.get(chosen.surrogate, 0)  # a step of each has a photo and a class image
+    learned = phases * PHASE * 2
     asked = {"none": 0}.get(chosen.surrogate, 2 if method == "decoy" else 1)
     encoded = 2 if method == "pid" else 1  # the clean photos, too
     return {

@@ -18,12 +18,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from safetensors.torch import save_file
 
+from antidreambooth.attack.objectives import Denoising
 from antidreambooth.attack.parametrisation import Square
+from antidreambooth.diffusion.densities import LargestGradient
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.finetuning.weights import Weights
 from callbacks import TrainedModel
 from datamodules import Protection, Subject
-from lightning_modules import ASPL, DDP, FSDP2, DeepSpeed, Victim
+from lightning_modules import ASPL, DDP, FSDP2, DeepSpeed, MetaCloak, Victim
 from lightning_modules.running.sharding import gathered
 from tests.families.tiny import SIDE
 
@@ -32,6 +34,7 @@ VICTIM = DreamBooth(learning_rate=1e-3, batch_size=2, steps=4, prior=PriorPreser
 FLOWS = ("ddp", "fsdp")  # strategies that are tried on a flow, too: weights whole and split
 ROUNDS = 2
 RANKS = 2
+MEMBERS = 2  # of a pool
 SEED = 5
 
 
@@ -107,7 +110,7 @@ def fit(out, name, module, data, epochs, checkpoint=None, precision="32-true", *
 
 
 def main(out, model, flow, photos, names):
-    """Every strategy: ASPL in one go, in two parts, without giving the weights back, on a flow; and the victim."""
+    """Every strategy: ASPL in one go, in two parts, weights not given back, a flow, a victim; a pool; timesteps."""
     for name in names:
         protect = lambda: Protection(photos, resolution=16, parametrisation=Square())  # noqa: E731
         aspl = lambda: ASPL(backbone=model, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())  # noqa: E731
@@ -124,6 +127,14 @@ def main(out, model, flow, photos, names):
         )
     for name in ("ddp", "zero-2"):
         fit(out, f"{name}_bf16", aspl(), protect(), ROUNDS, precision="bf16-mixed")
+    square = {"backbone": model, "surrogate": SURROGATE, "pgd_steps": 2, "parametrisation": Square()}
+    for name, made in (
+        ("ddp_pool", lambda: MetaCloak(members=MEMBERS, objective=Denoising(), **square)),
+        ("ddp_gradient", lambda: ASPL(objective=Denoising(LargestGradient(2, visits=1)), **square)),
+    ):
+        fit(out, name, made(), protect(), ROUNDS)
+        half = fit(out, f"{name}-parts", made(), protect(), 1)
+        fit(out, f"{name}-parts", made(), protect(), ROUNDS, half)
     for name in FLOWS:
         module = ASPL(backbone=flow, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())
         fit(out, f"{name}_flow", module, Protection(photos, resolution=SIDE, parametrisation=Square()), ROUNDS)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from antidreambooth.attack.canvas import STEP
 from antidreambooth.attack.objectives import Denoising
 from antidreambooth.attack.parametrisation import Square
 from antidreambooth.attack.perturbation import pixel_gradient
+from antidreambooth.attack.pool import BEFORE
 from antidreambooth.diffusion.class_images import class_images
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.seeding import Turn
@@ -29,11 +31,12 @@ from datamodules import Protection
 from lightning_modules import ASPL
 from tests.conftest import ROOT
 from tests.families.tiny import SIDE, save
-from tests.lightning_modules.ranks import FLOWS, RANKS, ROUNDS, SEED, STRATEGIES, SURROGATE, VICTIM
+from tests.lightning_modules.ranks import FLOWS, MEMBERS, RANKS, ROUNDS, SEED, STRATEGIES, SURROGATE, VICTIM
 
 pytestmark = pytest.mark.slow
 
 NAMES = list(STRATEGIES)
+CPU = torch.device("cpu")
 # Where no rank has all weights, hooks around the modules change the order in which autograd adds up the gradients of
 # what is used several times: equal but for rounding, which AdamW's and PGD's signs then enlarge.
 ROUNDED = ("zero-3", "fsdp")
@@ -248,6 +251,36 @@ def test_a_run_in_two_parts_equals_one_in_one_go(started, name):
         parts, whole = (held(started, f"{name}_{run}", rank) for run in ("parts", "aspl"))
         assert parts.keys() == whole.keys()
         assert all(torch.equal(parts[key], value) for key, value in whole.items())
+
+
+def test_a_pool_of_two_ranks_is_that_of_one_process_that_draws_their_noise(started, ingredients):
+    base, images, classes = ingredients
+    training, theta = SURROGATE.completed(base.defaults, "full"), deepcopy(base)
+    Full().apply(theta, training, seed=0)
+    optimizer, clean, members = Several(theta, training, 0).optimizer(), base.encode_all(images, 4), []
+    length = (training.steps or 0) // MEMBERS
+    for number in range(MEMBERS):
+        several = Several(theta, training, number)
+        several.generators = [replace(turn, number=BEFORE + number).generator(CPU) for turn in several.turns]
+        with training_mode(theta, training):
+            for step in range(length):
+                several.step(optimizer, step, length, clean, classes)
+        members.append(deepcopy(theta))
+    cloaked = images
+    for number in range(ROUNDS):
+        attacked = Several(members[number % MEMBERS], training, number).attack(images, cloaked)
+        cloaked = images + (attacked - images)  # adding what is kept rounds
+    for rank in range(RANKS):
+        found = held(started, "ddp_pool", rank)
+        assert torch.equal(found["perturbation"], attacked - images)
+        weights = dict(base.named_parameters())
+        assert all(torch.equal(value, weights[name]) for name, value in found.items() if name in weights)
+
+
+@pytest.mark.parametrize("run", ["ddp_pool", "ddp_gradient"])
+def test_a_pool_and_timesteps_by_gradient_are_alike_on_all_ranks_and_resumed(started, run):
+    first, *others = (held(started, name, rank) for name in (run, f"{run}-parts") for rank in range(RANKS))
+    assert all(torch.equal(value, other[key]) for other in others for key, value in first.items())
 
 
 def test_the_comparison_notices_weights_that_are_not_given_back(started, ingredients, aspl):

@@ -44,6 +44,7 @@ class Flux(Backbone):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     arguments = ("prompt_embeds", "pooled_prompt_embeds")
+    text_layers = r".*\.attn\.add_[kv]_proj"  # the single blocks have none of the text alone
     # diffusers' examples/dreambooth/README_flux.md; the pipeline's own sampling.
     published = Defaults(
         surrogate=Recipe(1e-4, 1, 3, False, 1e-4),

@@ -37,6 +37,7 @@ class Flux2Klein(Backbone):
     }
     tokenizers: ClassVar[Mapping[str, Any]] = {"tokenizer": Qwen2Tokenizer}
     switches: ClassVar[Mapping[str, Any]] = {"is_distilled": False}
+    text_layers = r".*\.attn\.add_[kv]_proj"  # the single blocks have none of the text alone
     # diffusers' examples/dreambooth/README_flux2.md; the pipeline's own sampling.
     published = Defaults(
         surrogate=Recipe(1e-4, 1, 3, False, 1e-4),

@@ -31,6 +31,7 @@ class Lumina2(Backbone):
     }
     tokenizers: ClassVar[Mapping[str, Any]] = {"tokenizer": GemmaTokenizer}
     arguments = ("prompt_embeds", "prompt_attention_mask")
+    text_layers = r"layers\.\d+\.attn\.to_[kv]"  # of text and picture alike
     # diffusers' examples/dreambooth/README_lumina2.md; the pipeline's own sampling.
     published = Defaults(
         surrogate=Recipe(1e-4, 1, 3, False, 1e-4),

@@ -35,6 +35,7 @@ class QwenImage(Backbone):
     tokenizers: ClassVar[Mapping[str, Any]] = {"tokenizer": Qwen2Tokenizer}
     arguments = ("prompt_embeds", "prompt_embeds_mask")
     guidance = ("true_cfg_scale", 1.0)  # of no effect without a negative prompt; guidance_scale has none at all
+    text_layers = r".*\.attn\.add_[kv]_proj"
     # diffusers' examples/dreambooth/README_qwen.md; the pipeline's own sampling.
     published = Defaults(
         surrogate=Recipe(2e-4, 1, 3, False, 1e-4),

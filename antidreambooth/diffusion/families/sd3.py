@@ -47,6 +47,7 @@ class StableDiffusion3(Backbone):
     )
     density = LogitNormal()
     arguments = ("prompt_embeds", "pooled_prompt_embeds")
+    text_layers = r".*\.attn\.add_[kv]_proj"
     # diffusers' examples/dreambooth/README_sd3.md, and train_dreambooth_sd3.py for density and loss weight; the
     # pipeline's own sampling.
     published = Defaults(

@@ -44,6 +44,7 @@ class ZImage(Backbone):
     }
     tokenizers: ClassVar[Mapping[str, Any]] = {"tokenizer": Qwen2Tokenizer}
     guidance = ("guidance_scale", 0.0)  # the pipeline adds scale * (with - without) to what is predicted with a prompt
+    text_layers = r"layers\.\d+\.attention\.to_[kv]"  # of text and picture alike
     # diffusers' examples/dreambooth/README_z_image.md; the pipeline's own sampling.
     published = Defaults(
         surrogate=Recipe(1e-4, 1, 3, False, 1e-4),
