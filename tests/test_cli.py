@@ -79,7 +79,7 @@ def test_every_config_parses(config, capsys):
 @pytest.mark.parametrize("config", EACH)
 def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
     learning = METHODS[config].surrogate == "alternating"
-    rounds = 25 if config in QUICK or learning else 3
+    rounds = 25 if config in QUICK else 3  # a grid of samples is drawn every 25 rounds
     main(command(config=config, rounds=rounds))
     out = tmp_path / "out"
     record = manifest(out)
@@ -98,7 +98,7 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
     assert [event.step for event in events.Scalars("pgd/objective")] == list(range(1, rounds + 1))
     trained = 5 * 2 * 2 if METHODS[config].surrogate == "pool" else 0  # images in all, once
     assert (max(event.value for event in events.Scalars("surrogate/clean_loss")) > 0) == (learning or trained > 0)
-    if learning:
+    if learning and rounds == 25:
         assert (out / "samples" / "round-025.png").is_file()
         assert "samples" in events.Tags()["images"]
     assert f"{rounds}/{rounds}" in capsys.readouterr().out  # the bar counts rounds
