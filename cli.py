@@ -35,7 +35,7 @@ from antidreambooth.diffusion.precision import computes_in_bf16, usual_device
 from antidreambooth.errors import DEBUG, InputError, causes, first_line
 from launch.dry_run import Estimate, dry_run
 from launch.flags import named, require_numbers
-from launch.fragility import fragility
+from launch.fragility.command import fragility
 from launch.fsmg_surrogates import train_surrogates
 from launch.help import FIT, TEST, USAGE, WELCOME, Help
 from launch.parsing import OneLineOfLightning

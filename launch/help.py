@@ -91,12 +91,15 @@ grey picture. Then it measures what remains of the change:
 
   latent moved       how far, as a share of the mean distance between two of the photos
   left to grey       the distance to grey that is left, as a share of what it was
-  decoded off        what the decoder gives back against the photo that went in: root mean square, in steps of 255
-  LPIPS              the same as people see it, where its weights are in torch's cache
+  decoded moved      what the decoder gives back against what it gives back of the clean photo: root mean square, in
+                     steps of 255
+  decoded off        the same against the photo that went in; its first row is how much the autoencoder blurs anyway
+  LPIPS of that      the same as people see it, where its weights are in torch's cache
 
-A faithful autoencoder gives back the changed photo itself: `decoded off` stays near that of the clean photos, and a
-protection has to be something that the denoiser cannot learn. An unfaithful one shows another picture than people see,
-and a cloak is strong. It prints a table and writes table.md, table.csv, comparison.png and manifest.json to --output.
+A faithful autoencoder gives back the changed photo itself: `decoded off` stays near its first row, and a protection has
+to be something that the denoiser cannot learn. An unfaithful one shows a model another picture than people see.
+
+It prints a table, and writes table.md, table.csv, comparison.png and manifest.json to --output.
 """
 
 USAGE = {

@@ -37,6 +37,7 @@ class Remains(NamedTuple):
         shift: || E(changed) - E(clean) ||, of the latents' means, as a share of the mean distance between the latents
             of two clean pictures.
         left: || E(changed) - goal || as a share of || E(clean) - goal ||; NaN where there is no goal.
+        moved: root mean square of D(E(changed)) - D(E(clean)), in 8-bit steps: what the decoder shows of the change.
         error: root mean square of D(E(changed)) - changed, in 8-bit steps: how unfaithfully the autoencoder gives back
             what went in.
         lpips: perceptual distance of the same two; None where its weights are not there.
@@ -45,6 +46,7 @@ class Remains(NamedTuple):
 
     shift: Float[Tensor, " n"]
     left: Float[Tensor, " n"]
+    moved: Float[Tensor, " n"]
     error: Float[Tensor, " n"]
     lpips: Float[Tensor, " n"] | None
     decoded: UInt8[Tensor, "n 3 h w"]
@@ -68,7 +70,7 @@ class Fragility:
     ) -> None:
         self.backbone, self.micro_batch = backbone, micro_batch
         self.latents = self._encode(to_float(clean))
-        self.goal = self._encode(goal)
+        self.decoded, self.goal = self._decode(self.latents), self._encode(goal)
         self.apart = mean_distance(self.latents) if len(clean) > 1 else 0.0
         if not self.apart:
             raise InputError(
@@ -89,7 +91,8 @@ class Fragility:
         return Remains(
             shift=norm(latents - self.latents) / self.apart,
             left=left if pulled else torch.full_like(left, torch.nan),
-            error=(decoded.float() - changed.float()).square().mean(dim=(1, 2, 3)).sqrt(),
+            moved=root_mean_square(decoded, self.decoded),
+            error=root_mean_square(decoded, changed),
             lpips=lpips(changed, decoded).cpu() if lpips_available() else None,
             decoded=decoded,
         )
@@ -106,9 +109,15 @@ class Fragility:
 
 def norm(latents: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
     """The length of each latent."""
-    return latents.flatten(1).norm(dim=1)
+    lengths: Tensor = latents.flatten(1).norm(dim=1)
+    return lengths
 
 
 def mean_distance(latents: Float[Tensor, "n c h w"]) -> float:
     """The mean distance between two of them, over all pairs."""
     return float(torch.pdist(latents.flatten(1)).mean())
+
+
+def root_mean_square(a: UInt8[Tensor, "n 3 h w"], b: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    """Of the difference of each two pictures, in 8-bit steps."""
+    return (a.float() - b.float()).square().mean(dim=(1, 2, 3)).sqrt()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
 from jsonargparse import ArgumentParser
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from antidreambooth.attack.canvas import SquareCanvas
@@ -32,24 +29,19 @@ from antidreambooth.diffusion.precision import usual_device
 from antidreambooth.diffusion.seeding import Turn, require_seed
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, require
-from antidreambooth.evaluation.fragility import Compression, Fragility, Remains, compression
-from antidreambooth.evaluation.quality import LPIPS_MISSING, lpips_available
-from antidreambooth.files import locked, write_atomically, write_json
-from antidreambooth.photos.decoding import Photo, load_photos, to_float
-from antidreambooth.photos.delivery import to_8bit, write_png
-from antidreambooth.provenance import MANIFEST, describe, read_manifest, require_originals, slug, versions
-from callbacks.comparison import sheet
+from antidreambooth.evaluation.fragility import Fragility, compression
+from antidreambooth.files import locked
+from antidreambooth.photos.decoding import load_photos, to_float
+from antidreambooth.photos.delivery import to_8bit
+from antidreambooth.provenance import describe, read_manifest, require_originals, slug
 from launch.flags import named
+from launch.fragility.results import ATTACKS, Found, Trial, write_results
 from launch.help import FRAGILITY, USAGE, Help
 from launch.parsing import OneLine
 from launch.runs import Fit, Parse
 
-EXAMPLES = Path(__file__).parent.parent / "examples" / "photos"
-ATTACKS = ("away", "grey")
+EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "photos"
 STEPS = 10  # of PGD in what the progress bar counts as one
-SHOWN, TILE = 4, 256  # photos in the picture, and pixels of each
-COLUMNS = {"shift": "latent moved", "left": "left to grey", "error": "decoded off", "lpips": "LPIPS"}
-SHARES = ("shift", "left")
 
 
 @dataclass(frozen=True)
@@ -106,15 +98,6 @@ class Settings:
         return Path(self.output) if self.output else Path("outputs") / "fragility" / slug(self.backbone)
 
 
-class Found(NamedTuple):
-    """An attack of one budget, and what remains of it; budget 0 is no attack."""
-
-    attack: str
-    budget: float
-    changed: UInt8[Tensor, "n 3 h w"]
-    remains: Remains
-
-
 def fragility(arguments: list[str], fit: Fit, parse: Parse) -> None:
     """Attacks the autoencoder of a base model, and says what remains.
 
@@ -134,7 +117,9 @@ def fragility(arguments: list[str], fit: Fit, parse: Parse) -> None:
         started = time.monotonic()
         backbone = load_backbone(settings.source, encoder_only=True).to(usual_device())
         found = list(measured(settings, backbone, torch.stack([photo.pixels for photo in photos])))
-        write_results(settings, photos, compression(backbone, side), found, backbone, time.monotonic() - started)
+        asked = {**describe(settings), "output": None, "resolution": side}
+        trial = Trial(asked, str(settings.source), compression(backbone, side), backbone.fingerprint(), photos, found)
+        write_results(settings.root, trial, time.monotonic() - started)
 
 
 def read_settings(arguments: list[str]) -> Settings:
@@ -213,87 +198,3 @@ def attacked(
         state, memory = outcome.state, outcome.memory
         bar.update()
     return to_8bit(state.cpu(), clean, budget)
-
-
-def write_results(
-    settings: Settings,
-    photos: list[Photo],
-    kept: Compression,
-    found: list[Found],
-    backbone: Backbone,
-    seconds: float,
-) -> None:
-    """Writes tables, picture and manifest; prints the table."""
-    lines = table(settings, photos, kept, found)
-    root = settings.root
-    write_atomically(root / "table.md", ("\n".join(lines) + "\n").encode())
-    write_atomically(root / "table.csv", per_photo(photos, found).encode())
-    write_png(root / "comparison.png", picture(found))
-    record = {
-        "command": "fragility",
-        "settings": {**describe(settings), "output": None, "resolution": found[0].changed.shape[-1]},
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-        "autoencoder": backbone.fingerprint(),
-        "compression": kept._asdict(),
-        "photos": [{"source": photo.name, "sha256": photo.sha256} for photo in photos],
-        "seconds": round(seconds, 1),
-        "complete": True,
-    }
-    write_json(root / MANIFEST, record)
-    print("\n".join(lines))
-    print(f"\n{seconds:.0f} seconds; the picture: {root / 'comparison.png'}; for each photo: {root / 'table.csv'}")
-
-
-def table(settings: Settings, photos: list[Photo], kept: Compression, found: list[Found]) -> list[str]:
-    """What remains, on average over photos, with the lowest and the highest of them."""
-    names = [name for name in COLUMNS if name != "lpips" or lpips_available()]
-    side = found[0].changed.shape[-1]
-    lines = [
-        f"The autoencoder of {settings.source} keeps {kept}, at {side} pixels. Over {len(photos)} photos, "
-        f"{settings.steps} steps of each attack: mean (lowest to highest).",
-        "",
-        f"| attack | budget | {' | '.join(COLUMNS[name] for name in names)} |",
-        "|---|---|" + "---|" * len(names),
-    ]
-    for one in found:
-        cells = [spread(getattr(one.remains, name), name) for name in names]
-        lines.append(f"| {one.attack} | {one.budget:g} | {' | '.join(cells)} |")
-    return [*lines, *([] if lpips_available() else ["", LPIPS_MISSING])]
-
-
-def spread(values: Tensor, name: str) -> str:
-    """A mean with the lowest and the highest; nothing where it does not apply."""
-    if values.isnan().any():
-        return "\N{EN DASH}"
-    scale, digits, unit = (100, 0, " %") if name in SHARES else (1, 3 if name == "lpips" else 1, "")
-    mean, low, high = (f"{scale * float(v):.{digits}f}" for v in (values.mean(), values.min(), values.max()))
-    return f"{mean}{unit} ({low} to {high})"
-
-
-def per_photo(photos: list[Photo], found: list[Found]) -> str:
-    """One row for each photo and attack; empty where a measure does not apply."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["photo", "attack", "budget", *COLUMNS])
-    for one in found:
-        for index, photo in enumerate(photos):
-            values = [getattr(one.remains, name) for name in COLUMNS]
-            figures = ["" if v is None or v[index].isnan() else f"{float(v[index]):.5g}" for v in values]
-            writer.writerow([photo.name, one.attack, f"{one.budget:g}", *figures])
-    return text.getvalue()
-
-
-def picture(found: list[Found]) -> UInt8[Tensor, "3 h w"]:
-    """A row for each photo under each attack: it and what the decoder gives back, clean and cloaked with each budget."""
-    clean, *others = found
-    side = min(clean.changed.shape[-1], TILE)
-    titles, rows = ["photo", "decoded"], []
-    for budget in dict.fromkeys(one.budget for one in others):
-        titles += [f"cloaked {budget:g}", "decoded"]
-    for attack in ATTACKS:
-        shown = [clean, *(one for one in others if one.attack == attack)]
-        for index in range(min(SHOWN, len(clean.changed))):
-            pairs = [(one.changed[index], one.remains.decoded[index]) for one in shown]
-            rows.append([resize(tile, [side, side], antialias=True) for pair in pairs for tile in pair])
-    return sheet(titles, rows)
