@@ -97,12 +97,12 @@ class Fragility:
             decoded=decoded,
         )
 
-    def _encode(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c h w"]:
+    def _encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
         """Means of the latents, on the CPU."""
         return self.backbone.encode_all(images.to(self.backbone.device), self.micro_batch).mean.cpu()
 
     @torch.no_grad()
-    def _decode(self, latents: Float[Tensor, "n c h w"]) -> UInt8[Tensor, "n 3 h w"]:
+    def _decode(self, latents: Float[Tensor, "n c h w"]) -> UInt8[Tensor, "n 3 H W"]:
         parts = [self.backbone.decode(part.to(self.backbone.device)) for part in torch.split(latents, self.micro_batch)]
         return ((torch.cat(parts).cpu() + 1) * 127.5).round().to(torch.uint8)
 

@@ -19,7 +19,7 @@ from antidreambooth.attack.canvas import SquareCanvas
 from antidreambooth.attack.objectives import EncoderAway, EncoderTarget, Objective
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import alternate, require_vital
-from antidreambooth.attack.steps import Momentum
+from antidreambooth.attack.steps import Sign
 from antidreambooth.attack.surrogates import Fixed
 from antidreambooth.attack.targets import target_image
 from antidreambooth.diffusion.backbone import Backbone
@@ -165,7 +165,7 @@ def measured(settings: Settings, backbone: Backbone, clean: UInt8[Tensor, "n 3 h
     rounds = settings.steps // STEPS
     with tqdm(total=len(tried) * rounds, desc="attacks", unit="", file=sys.stdout, dynamic_ncols=True) as bar:
         for attack, budget in tried:
-            objective = EncoderTarget("grey") if attack == "grey" else EncoderAway(log_variance=0)
+            objective = EncoderTarget("grey") if attack == "grey" else EncoderAway(log_variance=0.0)
             changed = attacked(backbone, clean, objective, budget, settings, bar)
             yield Found(attack, budget, changed, measure(changed, pulled=attack == "grey"))
 
@@ -180,13 +180,12 @@ def attacked(
 ) -> UInt8[Tensor, "n 3 h w"]:
     """The photos as strongly changed as PGD can within the budget, in 8 bits.
 
-    Momentum and steps that shrink to nothing make it stronger than plain PGD; it starts at noise, as on the clean photo
-    there is no way that leads away from it.
+    Steps begin at half the budget and shrink to nothing; on the embedded model that moved latents as far as three times
+    as many steps did, and further than momentum or smaller steps. It starts at noise, as on the clean photo there is no
+    way that leads away from it.
     """
-    rule = Momentum(decay=0.9, schedule="linear", random_start=True)
-    pgd = PGD(
-        budget, step_size=budget / 4, steps=STEPS, micro_batch=settings.micro_batch, objective=objective, rule=rule
-    )
+    rule, batch = Sign(schedule="linear", random_start=True), settings.micro_batch
+    pgd = PGD(budget, step_size=budget / 2, steps=STEPS, micro_batch=batch, objective=objective, rule=rule)
     canvas = SquareCanvas(to_float(clean).to(backbone.device))
     objective.prepare(backbone, canvas.blank)
     state, memory = canvas.blank + pgd.start(canvas, settings.seed), None

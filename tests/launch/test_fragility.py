@@ -91,7 +91,7 @@ def test_the_attack_is_stronger_than_noise_and_within_the_budget(backbone, budge
     measure = Fragility(backbone, clean, target_image("grey", 16))
     noisy = measure(random_noise(clean, budget, 0), pulled=True)
     settings, bar = Settings(steps=30), SimpleNamespace(update=int)
-    away = attacked(backbone, clean, EncoderAway(log_variance=0), budget, settings, bar)
+    away = attacked(backbone, clean, EncoderAway(log_variance=0.0), budget, settings, bar)
     pulled = attacked(backbone, clean, EncoderTarget("grey"), budget, settings, bar)
     for changed in (away, pulled):
         assert (changed.int() - clean.int()).abs().max() == int(budget)
@@ -166,12 +166,8 @@ def test_what_cannot_work_is_one_line(tmp_path, small_model):
         (["--backbone=./nowhere"], ["neither a folder"]),
         (["--resolution=7"], ["7"]),
     ):
-        given = {
-            "--backbone": f"--backbone={small_model}",
-            "--photos": f"--photos={photos}",
-            "--output": f"--output={out}",
-        }
-        kept = [flag for name, flag in given.items() if not any(word.startswith(name) for word in more)]
+        given = {"--backbone": small_model, "--photos": photos, "--output": out}
+        kept = [f"{flag}={value}" for flag, value in given.items() if not any(word.startswith(flag) for word in more)]
         refused(["fragility", *kept, "--steps=10", *more], *messages)
         assert not (out / "manifest.json").exists()
     write_json(out / "manifest.json", {"settings": {}, "versions": {}})
