@@ -180,9 +180,9 @@ def attacked(
 ) -> UInt8[Tensor, "n 3 h w"]:
     """The photos as strongly changed as PGD can within the budget, in 8 bits.
 
-    Steps begin at half the budget and shrink to nothing. On the embedded model 50 of them move the latent by 31 % of the
-    distance between two photos at budget 8, 100 by 31.6 %; 300 of half that size come to 31.9, 100 with momentum to 30.
-    It starts at noise, as on the clean photo there is no way that leads away from it.
+    Steps begin at half the budget and shrink to nothing. On the embedded model 50 of them move the latent by 31 % of
+    the distance between two photos at budget 8, and 100 by 31.6 %; 300 of half that size come to 31.9, and 100 with
+    momentum to 30. It starts at noise, as on the clean photo there is no way that leads away from it.
     """
     rule, batch = Sign(schedule="linear", random_start=True), settings.micro_batch
     pgd = PGD(budget, step_size=budget / 2, steps=STEPS, micro_batch=batch, objective=objective, rule=rule)
