@@ -35,6 +35,7 @@ from antidreambooth.diffusion.precision import computes_in_bf16, usual_device
 from antidreambooth.errors import DEBUG, InputError, causes, first_line
 from launch.dry_run import Estimate, dry_run
 from launch.flags import named, require_numbers
+from launch.fragility.command import fragility
 from launch.fsmg_surrogates import train_surrogates
 from launch.help import FIT, TEST, USAGE, WELCOME, Help
 from launch.parsing import OneLineOfLightning
@@ -58,7 +59,7 @@ TRAINER = {
 }
 GRACE = 10.0  # seconds that other ranks have to end by themselves once one has failed
 CHECKPOINT = {"filename": "last", "every_n_epochs": 10, "enable_version_counter": False}
-COMMANDS = {"people": people, "verdict": verdict}  # which start runs; all others are one run
+COMMANDS = {"people": people, "verdict": verdict, "fragility": fragility}  # all others are one run of Lightning's
 EXPECTED = (  # warnings about what is meant to be so
     ".*in eval mode at the start of training.*",
     ".*does not have many workers.*",

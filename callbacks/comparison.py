@@ -1,6 +1,8 @@
-"""One picture that shows what a cloak did to each photo."""
+"""One picture that shows what happened to each photo."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,10 +28,24 @@ def comparison(originals: list[Tensor], cloaked: list[Tensor], budget: int) -> T
     for before, after in zip(originals, cloaked, strict=True):
         difference = ((after.int() - before.int()) * gain + 128).clamp(0, 255).to(torch.uint8)
         rows.append([before, after, difference])
-    height, width = originals[0].shape[1:]
-    canvas = Image.new("RGB", (3 * (width + MARGIN) + MARGIN, len(rows) * (height + MARGIN) + HEADER), "white")
+    return sheet(("original", "cloaked", f"difference x {gain}"), rows)
+
+
+def sheet(titles: Sequence[str], rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Pictures in rows under titles.
+
+    Args:
+        titles: one for each column.
+        rows: 8-bit pictures, each 3 h w, all of one size.
+
+    Returns:
+        One 8-bit picture, 3 H W.
+    """
+    height, width = rows[0][0].shape[1:]
+    size = (len(titles) * (width + MARGIN) + MARGIN, len(rows) * (height + MARGIN) + HEADER)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    for column, title in enumerate(("original", "cloaked", f"difference x {gain}")):
+    for column, title in enumerate(titles):
         draw.text((MARGIN + column * (width + MARGIN), 2), title, fill="black")
         for row, pictures in enumerate(rows):
             tile = Image.fromarray(pictures[column].permute(1, 2, 0).numpy())

@@ -16,6 +16,8 @@ Cloaks photos, so that DreamBooth and LoRA learn little from them, and measures 
       python cli.py people -c configs/people.yaml --folder FOLDER
   python cli.py verdict  train attackers on photos under every protection and condition, and compare them
       python cli.py verdict --photos outputs/me/cloaked --clean_photos FOLDER
+  python cli.py fragility   how far can the autoencoder of a base model be fooled at all? Within minutes
+      python cli.py fragility --backbone NAME
 
 The jobs are in configs/, with settings for machines in configs/trainer/ and experiments in configs/verdict/.
 Each command explains itself with --help, and README.md tells the story from the start.
@@ -69,7 +71,35 @@ Are these photos protected, and against what? Trains attackers on photos under e
   python cli.py verdict -c configs/verdict/main.yaml --people_folder FOLDER --dry_run      how much there is to do
   python cli.py verdict -c configs/verdict/main.yaml --people_folder FOLDER
 
+  python cli.py verdict -c configs/verdict/main.yaml --people_folder FOLDER --protections mist=THEIRS
+
+The last one also judges photos that another tool has cloaked: THEIRS holds a folder for each person, PERSON/set_B or
+PERSON, with a photo of the same file stem (IMG_1.png of IMG_1.jpg) and the same size for each one of theirs.
+
 Run the same command again to continue after an interruption: what is finished is kept.
+"""
+
+FRAGILITY = """\
+How far can the autoencoder of a base model be fooled at all? Loads it alone, and takes a minute with the small model.
+
+  python cli.py fragility                                                    the small model, the example photos
+  python cli.py fragility --backbone stable-diffusion-v1-5/stable-diffusion-v1-5 --photos ~/me
+
+A latent diffusion model sees a photo as its autoencoder shows it. For each budget the photos are changed as strongly as
+an attack on the encoder can, in two ways: `away`, the latent away from the clean photo's, and `grey`, toward that of a
+grey picture. Then it measures what remains of the change:
+
+  latent moved       how far, as a share of the mean distance between two of the photos
+  left to grey       the distance to grey that is left, as a share of what it was
+  decoded moved      what the decoder gives back against what it gives back of the clean photo: root mean square, in
+                     steps of 255
+  decoded off        the same against the photo that went in; its first row is how much the autoencoder blurs anyway
+  LPIPS of that      the same as people see it, where its weights are in torch's cache
+
+A faithful autoencoder gives back the changed photo itself: `decoded off` stays near its first row, and a protection has
+to be something that the denoiser cannot learn. An unfaithful one shows a model another picture than people see.
+
+It prints a table, and writes table.md, table.csv, comparison.png and manifest.json to --output.
 """
 
 USAGE = {
@@ -77,6 +107,7 @@ USAGE = {
     "test": "python cli.py test -c CONFIG [-c CONFIG ...] [--FLAG VALUE ...]",
     "people": "python cli.py people [-c CONFIG] --folder FOLDER [--FLAG VALUE ...]",
     "verdict": "python cli.py verdict [-c CONFIG] [--FLAG VALUE ...]",
+    "fragility": "python cli.py fragility [--backbone NAME] [--photos FOLDER] [--FLAG VALUE ...]",
 }
 
 

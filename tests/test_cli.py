@@ -825,12 +825,12 @@ def test_the_command_alone_shows_each_command_with_an_example(words, capsys):
     show.cache_clear()
     main(words)
     shown = capsys.readouterr().out
-    for name in ("fit", "test", "people", "verdict"):
+    for name in ("fit", "test", "people", "verdict", "fragility"):
         assert f"      python cli.py {name} -" in shown
     assert len(shown.splitlines()) < 25
 
 
-@pytest.mark.parametrize("name", ["fit", "test", "people", "verdict"])
+@pytest.mark.parametrize("name", ["fit", "test", "people", "verdict", "fragility"])
 def test_a_commands_help_starts_with_examples(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
@@ -845,4 +845,4 @@ def test_a_commands_help_starts_with_examples(name, capsys):
 
 
 def test_a_command_that_is_not_there_is_named():
-    refused(["fitt"], "'fitt': choose fit, test, people, verdict")
+    refused(["fitt"], "'fitt': choose fit, test, people, verdict, fragility")

@@ -12,6 +12,13 @@ from antidreambooth.evaluation.results import Result, percent
 CHANCE = 0.1  # a verifier that takes more pictures of nobody for the person is too lenient
 FEW = 5  # people, below which an interval over people is a sketch
 
+STANDS_FOR = (  # of the embedded base model
+    "The small model's autoencoder keeps one number for twelve of a picture's values, as those of Stable Diffusion 3 "
+    "and FLUX do; those of Stable Diffusion 1, 2 and XL keep one for forty-eight, and there a change of the same size "
+    "moves far more. So what is shown here stands for models of the first kind: for any other, `python cli.py "
+    "fragility --backbone NAME` shows within minutes how far its autoencoder can be fooled."
+)
+
 _OPEN = (
     "This is what happened in these trials and no more: another model, longer training, other ways to clean the "
     "photos, or one unprotected photo elsewhere can turn out differently. Nothing here says that a photo is safe."

@@ -59,6 +59,7 @@ def write_report(
     expected: int,
     failed: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
+    remarks: Sequence[str] = (),
     qualities: Qualities | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -72,6 +73,7 @@ def write_report(
         expected: Number of cells once all have finished.
         failed: Name of each cell that failed, with its error in one line.
         notes: What else the reader needs to know: measures left out and how to get them, costs.
+        remarks: What has to be known of the base model and the protections before a figure is read.
         qualities: Of each cloak the values of ``COSTS``; None where undefined, absent where there is none.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
@@ -88,6 +90,7 @@ def write_report(
         "hours": sum(seconds) / 3600,
         "minutes": float(np.median(seconds)) / 60 if seconds else 0.0,
         "notes": notes,
+        "remarks": remarks,
         "qualities": sorted((qualities or {}).items()),
         "costs": COSTS,
         "mean_costs": _mean_costs(qualities or {}),

@@ -30,11 +30,14 @@ from antidreambooth.photos.decoding import find_photos, load_photos
 from antidreambooth.photos.delivery import cloaked_names, write_png
 from antidreambooth.provenance import describe, slug
 from launch.runs import Fit, cloak_photos, contents, finished, located, of_base_model
+from launch.verdict.elsewhere import counterparts
 
 BASE = "base"  # the protection of the control, a base model that is trained on nobody
 CALLBACKS = '[{"class_path": "TrainedModel"}, {"class_path": "Likeness"}]'
 FORM = {"model.parametrisation": "Square"}  # of all cloaks: in which figures are comparable, old ones and new
-Origin = Literal["none", "noise", "folder", "run"]  # published photos: as they were, noisy, given, cloaked by us
+# Published photos: as they were, noisy, one's own cloaked ones, cloaked by another tool, cloaked by a run of ours.
+Origin = Literal["none", "noise", "folder", "elsewhere", "run"]
+ELSEWHERE = "made elsewhere"  # in a record: what counts is the photos, wherever they lie
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,12 @@ class Cloak:
     Args:
         person: their name.
         protection: its name.
-        budget: largest change of a pixel's value, in 8-bit steps; 0 where there is no choice of it.
+        budget: largest change of a pixel's value, in 8-bit steps; 0 where we have no choice of it.
         seed: of whatever is random in it.
         folders: the person's photos.
         origin: where the published photos come from.
-        how: as the experiment says it: ``none``, ``noise``, a folder, or a config file and its flags.
+        how: as the experiment says it: ``none``, ``noise``, a config file and its flags, or a folder of this person's
+            photos.
         backbone: the base model that is attacked.
         root: folder of the experiment's results.
         keep_models: whether the weights of FSMG's surrogates are kept.
@@ -101,6 +105,15 @@ class Cloak:
         return Path(self.how if self.origin == "folder" else self.folders.photos)
 
     @property
+    def counterparts(self) -> dict[Path, Path]:
+        """Each original with what another tool has made of it.
+
+        Raises:
+            InputError: the folders do not fit each other.
+        """
+        return counterparts(Path(self.folders.photos), Path(self.how))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All that the pixels depend on. A finished cloak is recognised by it, so its keys are a file format.
 
@@ -109,13 +122,21 @@ class Cloak:
         """
         return {
             **self.backbone.given,
-            "protection": self.how,
+            "protection": ELSEWHERE if self.origin == "elsewhere" else self.how,
             "budget": self.budget,
             "seed": self.seed,
             "photos": contents(self.folders.photos, originals=True),
             "clean_photos": contents(self.folders.clean_photos, originals=True),
-            **({"protected": contents(self.how)} if self.origin == "folder" else {}),
+            **self._given(),
         }
+
+    def _given(self) -> dict[str, Any]:
+        """SHA-256 of the photos that no run of ours has made."""
+        if self.origin == "folder":
+            return {"protected": contents(self.how)}
+        if self.origin == "elsewhere":
+            return {"protected": [contents(str(path))[0] for path in self.counterparts.values()]}
+        return {}
 
 
 @dataclass(frozen=True)
@@ -272,6 +293,9 @@ def protected(cloak: Cloak) -> Tensor:
         return random_noise(originals(cloak), cloak.budget, cloak.seed)
     if cloak.origin == "folder":
         return pixels(cloak.how, resolution_of(cloak.backbone))
+    if cloak.origin == "elsewhere":
+        side = resolution_of(cloak.backbone)
+        return torch.cat([pixels(str(path), side) for path in cloak.counterparts.values()])
     if not cloak.record.is_file():  # the folder of an interrupted run holds photos, too
         raise InputError(f"its cloak is not finished: {cloak.name}")
     return pixels(str(cloak.record.parent / "cloaked"), resolution_of(cloak.backbone))
@@ -283,7 +307,7 @@ def originals(cloak: Cloak) -> Tensor:
 
 
 def pixels(folder: str, side: int) -> Tensor:
-    """All photos of a folder, n 3 side side in 8 bits."""
+    """All photos of a folder, or the one photo, n 3 side side in 8 bits."""
     return torch.stack([photo.pixels for photo in load_photos(Path(folder), side)])
 
 

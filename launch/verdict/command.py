@@ -6,16 +6,18 @@ Run the same command again to continue after an interruption: what is finished i
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
 from antidreambooth.diffusion.layout import read_defaults
-from antidreambooth.diffusion.source import Source
+from antidreambooth.diffusion.source import EMBEDDED, Source, locate
 from antidreambooth.errors import InputError
 from antidreambooth.evaluation.brisque import BRISQUE_MISSING, brisque_available
-from antidreambooth.evaluation.prose import paragraph
+from antidreambooth.evaluation.prose import STANDS_FOR, paragraph
 from antidreambooth.evaluation.quality import LPIPS_MISSING, largest_difference, lpips, lpips_available, psnr, ssim
 from antidreambooth.evaluation.report import write_report
 from antidreambooth.evaluation.results import read_results
@@ -26,10 +28,10 @@ from launch.parsing import OneLine
 from launch.runs import Fit, Parse, finished
 from launch.tasks import Task, failures, share_out, work
 from launch.verdict.cell import Cloak, Person, make_cloak, originals, protected, run_cell
+from launch.verdict.elsewhere import content_hash, largest_change, without_added
 from launch.verdict.estimate import estimate
-from launch.verdict.experiment import Experiment, Resolved
+from launch.verdict.experiment import OWN, Experiment, Resolved
 
-OWN = "you"
 OPTIONS = ("config", "dry_run", "share")  # of the command, not of the experiment
 
 
@@ -41,8 +43,9 @@ def verdict(arguments: list[str], fit: Fit, parse: Parse) -> None:
         fit: runs a command line of this project.
         parse: gives the settings of one.
     """
-    options = parser().parse_args(arguments)
-    experiment = read_experiment(options)
+    words, added = without_added(arguments)
+    options = parser().parse_args(words)
+    experiment = read_experiment(options, added)
     tasks = experiment.resolve()
     if options.share:
         work_on(tasks, options.share, logs(experiment), fit)
@@ -76,11 +79,15 @@ def parser() -> ArgumentParser:
     return options
 
 
-def read_experiment(options: Namespace) -> Experiment:
+def read_experiment(options: Namespace, added: Sequence[tuple[str, str]] = ()) -> Experiment:
     """The experiment that the options describe.
 
+    Args:
+        options: as they were parsed.
+        added: names and folders (or whatever a protection may be) of further protections.
+
     Raises:
-        InputError: --photos or --clean_photos cannot be used.
+        InputError: --photos or --clean_photos cannot be used, or two protections have one name.
     """
     with named(options):
         values = vars(parser().instantiate(options))
@@ -91,6 +98,10 @@ def read_experiment(options: Namespace) -> Experiment:
         values |= {"people": {OWN: Person(clean, clean)}, "protections": {"none": "none", "cloaked": photos}}
         if not Path(photos).is_dir():
             raise InputError(f"{photos} is no folder: --photos is the folder of your cloaked photos")
+    for name, how in added:
+        if name in values["protections"]:
+            raise InputError(f"--protections {name}={how}: there is a protection {name!r} already, choose another name")
+        values["protections"] = {**values["protections"], name: how}
     with named(options):
         return Experiment(**{key: value for key, value in values.items() if key not in OPTIONS})
 
@@ -130,7 +141,7 @@ def write_results(
     qualities = {
         (cell.cloak.person, cell.cloak.protection, cell.cloak.budget): quality(cell.cloak)
         for cell in tasks.cells
-        if cell.name in done and cell.cloak.budget and cell.cloak not in lost
+        if cell.name in done and (cell.cloak.budget or cell.cloak.origin == "elsewhere") and cell.cloak not in lost
     }
     notes = [f"The cloak {name} failed: {reason}" for name, reason in failed_cloaks.items()]
     page = write_report(
@@ -140,6 +151,7 @@ def write_results(
         expected=len(wanted),
         failed=list(failed.items()),
         notes=[*notes, *general_notes(experiment.source)],
+        remarks=[*made_elsewhere(experiment, tasks), *([STANDS_FOR] if locate(experiment.source) == EMBEDDED else [])],
         qualities=qualities,
     )
     if {cell.cloak.person for cell in tasks.cells} == {OWN}:
@@ -162,11 +174,28 @@ def general_notes(source: Source) -> list[str]:
     return notes
 
 
+def made_elsewhere(experiment: Experiment, tasks: Resolved) -> list[str]:
+    """Which protections no run of ours has made: what they are known by, and the budget that they turn out to use."""
+    cloaks = dict.fromkeys(cell.cloak for cell in tasks.cells if cell.cloak.origin == "elsewhere")
+    found = []
+    for name in dict.fromkeys(cloak.protection for cloak in cloaks):
+        pairs = {cloak.person: cloak.counterparts for cloak in cloaks if cloak.protection == name}
+        identity = content_hash({person: own.values() for person, own in pairs.items()})
+        most = largest_change(pair for own in pairs.values() for pair in own.items())
+        found.append(
+            f"The protection {name} was made elsewhere, by another tool: its photos were taken as they are from "
+            f"{experiment.protections[name]} (SHA-256 of their content {identity}). Nobody here has set its budget: in "
+            f"those files the largest change of any value, as measured, is {most} of 255."
+        )
+    return found
+
+
 def quality(cloak: Cloak) -> dict[str, float | None]:
     """How much a protection changes a person's photos, on average (the largest difference: of all), and its cost."""
     pair = originals(cloak), protected(cloak)
+    closeness = float(psnr(*pair).nanmean())  # NaN where nothing has changed
     return {
-        "psnr": float(psnr(*pair).nanmean()),
+        "psnr": None if math.isnan(closeness) else closeness,
         "ssim": float(ssim(*pair).mean()),
         "lpips": float(lpips(*pair).mean()) if lpips_available() else None,
         "largest_difference": int(largest_difference(*pair).max()),

@@ -16,9 +16,13 @@ from antidreambooth.diffusion.seeding import require_seed
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.conditions import Condition
+from antidreambooth.evaluation.judgement import CONTROLS
 from launch.jobs import Launcher
 from launch.runs import is_config, located
 from launch.verdict.cell import BASE, Cell, Cloak, Origin, Person
+from launch.verdict.elsewhere import folder_of, require_pairs, require_people
+
+OWN = "you"  # who --photos are of: their cloaked photos need not be made of the clean ones
 
 
 class Resolved(NamedTuple):
@@ -43,8 +47,9 @@ class Experiment:
         people: names, each with the folders of their photos.
         people_folder: or a folder that holds one of each person, with set_A, set_B and set_C in it.
         people_names: those of its folders that are used; all when not given.
-        protections: names, each with ``none``, ``noise`` (random, the whole budget in each value), a folder of photos
-            that are protected already, or a config file of a cloaking run and its flags.
+        protections: names, each with ``none``, ``noise`` (random, the whole budget in each value), a config file of a
+            cloaking run and its flags, or a folder of photos that another tool has cloaked, with a folder for each
+            person in it and the originals' file stems. NAME=FOLDER adds one to those of the config file.
         budgets: largest changes, in 8-bit steps.
         victims: names, each with a config file of a victim and its flags.
         conditions: names, each with what happens to the photos on the way, in this order.
@@ -108,7 +113,13 @@ class Experiment:
             InputError: something in this experiment cannot work.
         """
         self._check()
-        cells = list(dict.fromkeys(self._cells(self._everyone())))
+        everyone = self._everyone()
+        origins = {name: self._origin(name, how, everyone) for name, how in self.protections.items()}
+        for name in (name for name, origin in origins.items() if origin == "elsewhere"):
+            require_people(name, self.protections[name], everyone)
+        cells = list(dict.fromkeys(self._cells(everyone, origins)))
+        for cloak in dict.fromkeys(cell.cloak for cell in cells if cell.cloak.origin == "elsewhere"):
+            require_pairs(cloak.counterparts)
         twice = [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]
         if twice:
             raise InputError(f"two cells would be called {twice[0]}: name people, protections or conditions otherwise")
@@ -145,15 +156,21 @@ class Experiment:
             raise InputError("there is nobody to try it on: give --people_folder or people, see --help")
         return found
 
-    def _cells(self, everyone: dict[str, Person]) -> Iterator[Cell]:
+    def _origin(self, name: str, how: str, everyone: dict[str, Person]) -> Origin:
+        origin = origin_of(name, how)
+        if origin == "elsewhere" and set(everyone) == {OWN}:
+            return "folder"
+        return origin
+
+    def _cells(self, everyone: dict[str, Person], origins: dict[str, Origin]) -> Iterator[Cell]:
         for person, folders in everyone.items():
             yield self._control(person, folders)
-        origins = {name: origin_of(name, how) for name, how in self.protections.items()}
         # Everybody's first seed comes before anybody's second one, so that a stopped experiment can be evaluated.
         for cloak_seed, seed in product(self.cloak_seeds, self.victim_seeds):
             for person, condition, victim in product(everyone, self.conditions, self.victims):
                 for protection, budget in product(self.protections, self.budgets):
-                    fixed = origins[protection] in ("none", "folder")
+                    fixed = origins[protection] in ("none", "folder", "elsewhere")
+                    how = self.protections[protection]
                     cloak = Cloak(
                         person,
                         protection,
@@ -161,7 +178,7 @@ class Experiment:
                         seed=0 if fixed else cloak_seed,
                         folders=everyone[person],
                         origin=origins[protection],
-                        how=self.protections[protection],
+                        how=str(folder_of(how, person)) if origins[protection] == "elsewhere" else how,
                         backbone=self.source,
                         root=self.root,
                         keep_models=self.keep_models,
@@ -203,8 +220,10 @@ def origin_of(name: str, how: str) -> Origin:
         return "none"
     if how == "noise":
         return "noise"
-    if how and Path(how).is_dir():
-        return "folder"
+    if how and Path(how).expanduser().is_dir():
+        if name in CONTROLS:
+            raise InputError(f"{name!r} is the name of a control: call the protection of {how} another")
+        return "elsewhere"
     if not is_config(first_word(how)):
         raise InputError(f"protection {name}: {how!r} is neither none, noise, a folder of photos nor a config file")
     require_config(name, how)

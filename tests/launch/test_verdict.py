@@ -80,9 +80,10 @@ def experiment_of(people: Path, /, **more) -> Experiment:
 
 
 def test_what_cannot_differ_is_one_cell(people):
+    given = make_people(people.parent / "given", "bob", "ann")  # other photos than theirs
     experiment = experiment_of(
         people,
-        protections={"none": "none", "noise": "noise", "aspl": "configs/aspl.yaml", "given": str(people)},
+        protections={"none": "none", "noise": "noise", "aspl": "configs/aspl.yaml", "given": str(given)},
         budgets=[4, 8],
         victims={"full": "configs/dreambooth.yaml", "lora": "configs/dreambooth-lora.yaml"},
         conditions={"nothing": [], "jpeg": [JPEG()]},
