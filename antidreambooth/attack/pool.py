@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from antidreambooth.attack.surrogates import Alternating
 from antidreambooth.diffusion.class_images import Progress
 from antidreambooth.diffusion.defaults import given
+from antidreambooth.diffusion.recording import uncounted
 from antidreambooth.diffusion.seeding import Turn
 
 BEFORE = 2**31  # number of the pool's first phase in the seed rule: no round has its noise
@@ -43,7 +45,9 @@ class Pooled(Alternating):
     def learn_clean(self, turn: Turn, generator: torch.Generator) -> Float[Tensor, ""]:
         """Takes the member whose turn it is; call it while borrowed. Returns the loss with which it was trained."""
         if not self.members:
-            self._train(turn)
+            # A resumed run trains it again, which its first part has counted.
+            with uncounted(self.backbone.denoiser) if turn.number else nullcontext():
+                self._train(turn)
         chosen = turn.number % self.number
         self.weights.restore(self.members[chosen])
         torch.clear_autocast_cache()

@@ -38,6 +38,7 @@ class Chain(Transform):
             raise InputError("transforms is empty: leave out Chain, or give some, such as Rescale and JPEG")
         require("chance", chance, 0, 1)
         self.transforms, self.chance = list(transforms), chance
+        self.widths = [transform.draw(0, torch.Generator("cpu")).shape[1] for transform in self.transforms]
 
     def draw(self, count: int, generator: torch.Generator) -> Float[Tensor, "n numbers"]:
         """Whether they happen, a number in [0, 1), then the randomness of each."""
@@ -46,9 +47,7 @@ class Chain(Transform):
 
     def __call__(self, images: Float[Tensor, "n 3 h w"], drawn: Float[Tensor, "n numbers"]) -> Float[Tensor, "n 3 h w"]:
         """The pictures, those that are not left alone after all transforms."""
-        generator = torch.Generator(drawn.device)
-        widths = [transform.draw(0, generator).shape[1] for transform in self.transforms]
-        chosen, *parts = torch.split(drawn, [1, *widths], dim=1)
+        chosen, *parts = torch.split(drawn, [1, *self.widths], dim=1)
         changed = images
         for transform, numbers in zip(self.transforms, parts, strict=True):
             changed = transform(changed, numbers)
