@@ -116,7 +116,7 @@ def cloak(
     side = shared_resolution(names, side)
     assembly.require_learnable(names)
     prompts = [trained_prompt(source, assembly.settings) for source in names] if chosen.surrogate == "trained" else None
-    take = assembly.settings.parametrisation.take
+    take = assembly.parametrisation.take
     with unaffected(where):
         photos = take(images, "images", side, again, region)
         others = photos if clean_images is None else take(clean_images, "clean_images", side, again)
@@ -135,7 +135,7 @@ def _cloaked(
     progress: Progress,
 ) -> list[Image.Image]:
     """The photos after all rounds; ``run`` says how many, and the seed."""
-    parametrisation, attack = assembly.settings.parametrisation, assembly.attack
+    parametrisation, attack = assembly.parametrisation, assembly.attack
     resting = parametrisation.canvas(photos, side)
     canvas, reference = resting.to(where), parametrisation.canvas(others, side).to(where)
     low = computes_in_bf16(where)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from antidreambooth.attack.objectives import Denoising, Objective, Targeted
-from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
+from antidreambooth.attack.parametrisation import OwnSize, Parametrisation, Shape
 from antidreambooth.attack.perturbation import PGD, alone
 from antidreambooth.attack.steps import Sign, StepRule
 from antidreambooth.attack.surrogates import Alternating, Fixed, Offloaded, Surrogate
@@ -72,6 +72,8 @@ class Settings:
 
     Args:
         budget: largest change of a pixel's value, in 8-bit steps.
+        shape: of the budget: the same for all pixels (``flat``), or more for those at which less is seen, and as
+            visible on the whole as the flat one (``visible``).
         step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
         step_rule: what a PGD step does with the gradient.
         pgd_steps: PGD steps in a round; the method's own when not given.
@@ -89,6 +91,7 @@ class Settings:
     """
 
     budget: float = 8.0
+    shape: Shape = "flat"
     step_size: float | None = None
     step_rule: StepRule = field(default_factory=Sign)
     pgd_steps: int | None = None
@@ -136,6 +139,7 @@ class Assembly:
             reduce=reduce,
             recorded=chosen.execution.recorded,
         )
+        self.parametrisation = chosen.parametrisation.shaped(chosen.shape, chosen.budget)
         self.backbones: list[Backbone] = []
         self.prompts: list[str] = []  # of models that do not learn
         self.trainings: list[DreamBooth] = []  # of those that do, completed by the base models' own values
