@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
+from antidreambooth.attack.parametrisation import Shape
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
+from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.layout import shared_resolution
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import computes_in_bf16, has_own_memory, unaffected
@@ -41,6 +43,7 @@ def cloak(
     method: str = "aspl",
     budget: float = 8.0,
     *,
+    shape: Shape | None = None,
     clean_images: Iterable[Picture] | None = None,
     ensemble: Named | Iterable[Named] = (),
     settings: Settings | None = None,
@@ -70,6 +73,9 @@ def cloak(
             without a manifest, a warning says that it is not known whether it was.
         method: ``aspl``, ``t-aspl``, ``e-aspl``, ``fsmg``, ``t-fsmg``, ``e-fsmg`` or ``advdm``.
         budget: largest change of a pixel's value, in 8-bit steps.
+        shape: of the budget: ``flat``, the same for all pixels, or ``visible``: more for those at which less is seen,
+            up to four times as much, and less for the others; as visible on the whole as the flat one. When not given,
+            that of the settings, which is ``flat`` if they say nothing.
         clean_images: other photos of the person, which the surrogate learns from; ``images`` when not given.
         ensemble: further base models, for ``e-aspl`` and ``e-fsmg``.
         settings: whatever else the command line can change, such as ``Settings(adaptation=LoRA(), micro_batch=1,
@@ -111,7 +117,8 @@ def cloak(
     names = Source.several([backbone, *Source.several(ensemble)])
     if chosen.several != (len(names) > 1):
         raise InputError(f"{method} attacks {'several models: give ensemble' if chosen.several else 'one model'}")
-    assembly = Assembly(chosen, replace(settings or Settings(), budget=float(budget)))
+    wanted = settings or Settings()
+    assembly = Assembly(chosen, replace(wanted, budget=float(budget), shape=given(shape, wanted.shape)))
     where = device_named(device)
     side = shared_resolution(names, side)
     assembly.require_learnable(names)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class Parametrisation(ABC):
     own_size: bool
     plain: float | None = None
 
-    def shaped(self, shape: str, budget: float) -> Self:
+    def shaped(self, shape: str, budget: float) -> Parametrisation:
         """The same, with a budget of this shape.
 
         Args:
