@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from antidreambooth.attack.basis import Basis
@@ -25,21 +25,21 @@ class OwnBudgets:
     """A budget for each pixel of each photo; see ``visible_bounds``. They are worked out when they are first needed.
 
     Args:
-        pictures: 3 h w each.
+        pictures: 3 h w each, of 8 bits; they need not be of one size.
         plain: the budget that they are as visible as, in 8-bit steps.
     """
 
-    def __init__(self, pictures: Sequence[UInt8[Tensor, "3 h w"]], plain: float) -> None:
+    def __init__(self, pictures: Sequence[Tensor], plain: float) -> None:
         self.pictures, self.plain = pictures, plain
 
     @cached_property
-    def bounds(self) -> list[Float[Tensor, "h w"]]:
-        """In whole 8-bit steps, on the CPU."""
+    def bounds(self) -> list[Tensor]:
+        """Each h w, in whole 8-bit steps, on the CPU."""
         return [visible_bounds(picture, self.plain) for picture in self.pictures]
 
     @property
-    def shares(self) -> list[Float[Tensor, "h w"]]:
-        """Of the plain budget."""
+    def shares(self) -> list[Tensor]:
+        """The same, in shares of the plain budget."""
         return [bound / self.plain for bound in self.bounds]
 
 
@@ -120,7 +120,7 @@ class ShapedGrids(OwnSizeCanvas):
         self.blank = torch.zeros(sum(self.sizes), device=self.device, dtype=torch.float32)
 
     @cached_property
-    def weights(self) -> list[Float[Tensor, "gh gw"] | None]:
+    def weights(self) -> list[Tensor | None]:
         """W of each photo's grid; None for 1 everywhere."""
         return [self._weights(index) for index in range(len(self.photos))]
 

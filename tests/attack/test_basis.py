@@ -52,7 +52,7 @@ def test_the_gradient_is_the_maps_transpose_and_autograds(basis):
     extreme=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_whatever_is_projected_changes_no_value_by_more_than_the_budget(name, rows, columns, size, extreme, seed):
     basis, radius = BASES[name], 0.06
     free = size * random(1, *basis.shape(rows, columns), seed=seed)
@@ -65,7 +65,7 @@ def test_whatever_is_projected_changes_no_value_by_more_than_the_budget(name, ro
 @every_basis
 def test_what_is_within_the_budget_stays_and_each_photo_is_projected_by_itself(basis):
     free = random(3, *basis.shape(13, 22))
-    inside = free / basis.change(free, 24, 24).abs().max().clamp(min=free.abs().max()) * 0.05
+    inside = free / max(basis.change(free, 13, 22).abs().max(), free.abs().max()) * 0.05
     torch.testing.assert_close(basis.project(inside, 0.0501), inside)
     assert torch.equal(basis.project(torch.zeros_like(free), 1.0), torch.zeros_like(free))
     alone = torch.cat([basis.project(one[None], 0.02) for one in free])

@@ -21,8 +21,6 @@ def test_flat_parts_hide_least_and_contrast_hides_by_the_formula():
     plane = torch.full((20, 20), 80.0)
     assert torch.equal(just_noticeable(plane), torch.full((20, 20), 3.0, dtype=torch.float64))
     plane[:, 10:] = 180.0
-    # At (5, 10), four of five columns count: 2 / 32 of a difference of 100 in each row of the operator's 16 / 16.
-    background = 80 + 100 * (1 * 4 + 2 * 5 + 1 - 2 * 1 + 5) / 32
     found = just_noticeable(plane)
     weights = np.array([[1, 1, 1, 1, 1], [1, 2, 2, 2, 1], [1, 2, 0, 2, 1], [1, 2, 2, 2, 1], [1, 1, 1, 1, 1]])
     background = (weights * plane[3:8, 8:13].numpy()).sum() / 32
@@ -45,7 +43,7 @@ def test_visibility_is_the_ssim_that_is_measured():
     picture = portrait()
     signs = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0)).sign()
     middle = (picture.float() * 0.8 + 25).round().to(torch.uint8)  # so that nothing is clipped
-    for bounds in (torch.full((128, 128), 8.0), torch.full((128, 128), 2.0), visible_bounds(middle, 8)):
+    for bounds in (torch.full((128, 128), 8.0), torch.full((128, 128), 2.0), visible_bounds(middle, 8.0)):
         noisy = (middle.float() + signs * bounds).to(torch.uint8)
         assert 1 - Visibility(middle)(bounds) == pytest.approx(ssim(middle[None], noisy[None]).item(), abs=0.01)
 
@@ -57,7 +55,7 @@ def test_visibility_is_the_ssim_that_is_measured():
     height=st.integers(1, 24),
     width=st.integers(1, 24),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_budgets_are_whole_bounded_and_no_more_visible_than_the_plain_one(seed, kind, budget, height, width):
     generator = torch.Generator().manual_seed(seed)
     picture = {
@@ -78,7 +76,7 @@ def test_budgets_are_whole_bounded_and_no_more_visible_than_the_plain_one(seed, 
 
 def test_a_portrait_gets_more_where_it_is_rough_and_about_as_visible_a_change():
     picture = portrait()
-    bounds, visibility = visible_bounds(picture, 8), Visibility(picture)
+    bounds, visibility = visible_bounds(picture, 8.0), Visibility(picture)
     rough = just_noticeable(picture.float().mean(dim=0)) > 6
     assert bounds[rough].mean() > 8 > bounds[~rough].mean()
     flat = visibility(torch.full((128, 128), 8.0))
