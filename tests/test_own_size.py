@@ -7,8 +7,8 @@ import pytest
 from PIL import ExifTags, Image, ImageCms
 
 import antidreambooth
-from antidreambooth.attack.methods import Settings
 from antidreambooth.attack.basis import Gaussian
+from antidreambooth.attack.methods import Settings
 from antidreambooth.attack.parametrisation import OwnSize, Square
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from cli import main
