@@ -114,7 +114,7 @@ def test_a_shaped_budget_and_a_basis_resume_and_are_said_in_the_manifest(command
     form = OwnSize(basis=Gaussian(2.0))
     how = Settings(training=training, parametrisation=form)
     cloaked = antidreambooth.cloak(
-        [photos / name for name in SIZES], budget=6, shape="visible", settings=how, **options
+        [photos / name for name in SIZES], budget=6.0, shape="visible", settings=how, **options
     )
     for name, picture in zip(SIZES, cloaked, strict=True):
         assert np.array_equal(np.asarray(picture), pixels(tmp_path / "out" / "cloaked" / name)), name
