@@ -74,7 +74,7 @@ def cloak(
         method: ``aspl``, ``t-aspl``, ``e-aspl``, ``fsmg``, ``t-fsmg``, ``e-fsmg`` or ``advdm``.
         budget: largest change of a pixel's value, in 8-bit steps.
         shape: of the budget: ``flat``, the same for all pixels, or ``visible``: more for those at which less is seen,
-            up to four times as much, and less for the others; as visible on the whole as the flat one. When not given,
+            up to four times as much, and less for the others; as visible on the whole, by SSIM. When not given,
             that of the settings, which is ``flat`` if they say nothing.
         clean_images: other photos of the person, which the surrogate learns from; ``images`` when not given.
         ensemble: further base models, for ``e-aspl`` and ``e-fsmg``.

@@ -65,7 +65,7 @@ class Cloaking(BackboneModule):
         resolution: side in pixels at which photos are cloaked; what the backbone was made for when not given.
         budget: largest change of any pixel's value, in 8-bit steps.
         shape: of the budget: ``flat``, the same for all pixels, or ``visible``: more for pixels at which less is seen,
-            up to four times as much, and less for the others, so that all in all it is as visible as a flat one.
+            up to four times as much, and less for the others, so that all in all it is as visible, by SSIM.
         step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
         pgd_steps: PGD steps in a round.
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
