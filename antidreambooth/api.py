@@ -17,9 +17,11 @@ from PIL import Image
 
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
 from antidreambooth.attack.objectives.ratio import require_decoys
+from antidreambooth.attack.parametrisation import Shape
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
 from antidreambooth.diffusion.class_images import Progress, class_images
+from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.layout import shared_resolution
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import computes_in_bf16, has_own_memory, unaffected
@@ -42,6 +44,7 @@ def cloak(
     method: str = "aspl",
     budget: float = 8.0,
     *,
+    shape: Shape | None = None,
     clean_images: Iterable[Picture] | None = None,
     ensemble: Named | Iterable[Named] = (),
     settings: Settings | None = None,
@@ -73,6 +76,9 @@ def cloak(
             ``sds``, ``photoguard``, ``pid``, ``simac``, ``caat``, ``metacloak``, or ``decoy`` with
             ``Settings(objective=LikelihoodRatio(decoy=FOLDER))``.
         budget: largest change of a pixel's value, in 8-bit steps.
+        shape: of the budget: ``flat``, the same for all pixels, or ``visible``: more for those at which less is seen,
+            up to four times as much, and less for the others; as visible on the whole, by SSIM. When not given,
+            that of the settings, which is ``flat`` if they say nothing.
         clean_images: other photos of the person, which the surrogate learns from; ``images`` when not given.
         ensemble: further base models, for ``e-aspl`` and ``e-fsmg``.
         settings: whatever else the command line can change, such as ``Settings(adaptation=LoRA(), micro_batch=1,
@@ -115,13 +121,14 @@ def cloak(
     names = Source.several([backbone, *Source.several(ensemble)])
     if chosen.several != (len(names) > 1):
         raise InputError(f"{method} attacks {'several models: give ensemble' if chosen.several else 'one model'}")
-    assembly = Assembly(chosen, replace(settings or Settings(), budget=float(budget)))
+    wanted = settings or Settings()
+    assembly = Assembly(chosen, replace(wanted, budget=float(budget), shape=given(shape, wanted.shape)))
     require_decoys(assembly.attack.objective)
     where = device_named(device)
     side = shared_resolution(names, side)
     assembly.require_possible(names)
     prompts = [trained_prompt(source, assembly.settings) for source in names] if chosen.surrogate == "trained" else None
-    take = assembly.settings.parametrisation.take
+    take = assembly.parametrisation.take
     with unaffected(where):
         photos = take(images, "images", side, again, region)
         others = photos if clean_images is None else take(clean_images, "clean_images", side, again)
@@ -140,7 +147,7 @@ def _cloaked(
     progress: Progress,
 ) -> list[Image.Image]:
     """The photos after all rounds; ``run`` says how many, and the seed."""
-    parametrisation, attack = assembly.settings.parametrisation, assembly.attack
+    parametrisation, attack = assembly.parametrisation, assembly.attack
     resting = parametrisation.canvas(photos, side)
     canvas, reference = resting.to(where), parametrisation.canvas(others, side).to(where)
     low = computes_in_bf16(where)

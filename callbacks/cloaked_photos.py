@@ -174,10 +174,12 @@ def rounds_of(trainer: Trainer, pl_module: Any) -> int:
 def described(one: Finished) -> dict[str, Any]:
     """A cloaked photo's line in the manifest: its size, how much it has changed, and what is not in its file any more.
 
+    Where each pixel has a budget of its own, ``budgets`` says the largest one and their mean, in 8-bit steps.
     The largest difference is of the file's own numbers, read back; the rest is of what trainers read of it.
     """
     before, after = (torch.from_numpy(picture).permute(2, 0, 1) for picture in (one.before, one.after))
     size = {"size": [one.after.shape[1], one.after.shape[0]]}
     figures = {**cloak_quality(before, after), "largest_difference": one.file.largest}
     over = {"over_budget": round(one.file.over, 5)} if one.file.over else {}
-    return {**size, **figures, **over, **({"removed": list(one.file.removed)} if one.file.removed else {})}
+    bounds = {"budgets": one.bounds._asdict()} if one.bounds else {}
+    return {**size, **figures, **bounds, **over, **({"removed": list(one.file.removed)} if one.file.removed else {})}

@@ -15,7 +15,7 @@ from antidreambooth.attack.cost import counted
 from antidreambooth.attack.methods import Assembly, Method, Settings
 from antidreambooth.attack.objectives import Objective
 from antidreambooth.attack.objectives.ratio import require_decoys
-from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
+from antidreambooth.attack.parametrisation import OwnSize, Parametrisation, Shape
 from antidreambooth.attack.rounds import Outcome, Photos, alternate, require_vital
 from antidreambooth.attack.steps import StepRule
 from antidreambooth.attack.surrogates import Surrogate
@@ -65,6 +65,8 @@ class Cloaking(BackboneModule):
             (also on CUDA, with bitsandbytes, for a LoRA as the surrogate or one that does not learn).
         resolution: side in pixels at which photos are cloaked; what the backbone was made for when not given.
         budget: largest change of any pixel's value, in 8-bit steps.
+        shape: of the budget: ``flat``, the same for all pixels, or ``visible``: more for pixels at which less is seen,
+            up to four times as much, and less for the others, so that all in all it is as visible, by SSIM.
         step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
         pgd_steps: PGD steps in a round.
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
@@ -94,6 +96,7 @@ class Cloaking(BackboneModule):
         frozen_weights: Precision = "fp32",
         resolution: int | None = None,
         budget: float = 8.0,
+        shape: Shape = "flat",
         step_size: float | None = None,
         pgd_steps: int = 6,
         micro_batch: int = 4,
@@ -111,22 +114,22 @@ class Cloaking(BackboneModule):
             resolution_of(source, self.resolution)  # a wrong one is found before the others are loaded, or trained on
         self.save_hyperparameters(logger=False)  # a subclass's own, too
         self.automatic_optimization = False
-        self.parametrisation = parametrisation or OwnSize()
         settings = Settings(
             budget=budget,
+            shape=shape,
             step_size=step_size,
             step_rule=step_rule,
             pgd_steps=pgd_steps,
             micro_batch=micro_batch,
             draws=draws,
             objective=objective,
-            parametrisation=self.parametrisation,
+            parametrisation=parametrisation or OwnSize(),
             offload=ensemble.offload,
             execution=execution,
         )
         self.assembly = Assembly(self.method(), self.completed(settings), self._average)
         self.assembly.require_possible([self.source, *others])
-        self.attack = self.assembly.attack
+        self.attack, self.parametrisation = self.assembly.attack, self.assembly.parametrisation
         if not self.trains_decoys:
             require_decoys(self.attack.objective)
         self.register_buffer("perturbation", torch.empty(0))
@@ -217,7 +220,7 @@ class Cloaking(BackboneModule):
         self.passes += torch.tensor([passes.denoiser, passes.encoder], device=self.device)
         self.perturbation = outcome.state - batch.canvas.blank
         self.rounds = self.current_epoch + 1
-        self._log(outcome)
+        self._log(outcome, batch.canvas.pixel_change(self.perturbation))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also keeps what timestep samplers have learned of the photos."""
@@ -277,7 +280,7 @@ class Cloaking(BackboneModule):
             gradient /= self.trainer.world_size
         return gradient
 
-    def _log(self, outcome: Outcome) -> None:
+    def _log(self, outcome: Outcome, change: Tensor) -> None:
         # One message for all of them. Lightning's sync_dist takes four for each, and a bar that only the first rank has
         # sends some of them by itself.
         signs = self._average(outcome.vital_signs)
@@ -285,8 +288,8 @@ class Cloaking(BackboneModule):
         names = ("surrogate/clean_loss", "pgd/objective", "surrogate/cloaked_loss", "pgd/gradient", "pgd/latents")
         values = {
             **dict(zip(names, signs, strict=False)),
-            "perturbation/largest": self.perturbation.abs().max() / STEP,
-            "perturbation/mean": self.perturbation.abs().mean() / STEP,
+            "perturbation/largest": change.abs().max() / STEP,
+            "perturbation/mean": change.abs().mean() / STEP,
         }
         # A metric named "step" is Lightning's x-axis; its own counts optimizer steps, six a round.
         values["step"] = torch.tensor(float(self.current_epoch + 1))

@@ -7,8 +7,9 @@ import pytest
 from PIL import ExifTags, Image, ImageCms
 
 import antidreambooth
+from antidreambooth.attack.basis import Gaussian
 from antidreambooth.attack.methods import Settings
-from antidreambooth.attack.parametrisation import Square
+from antidreambooth.attack.parametrisation import OwnSize, Square
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from cli import main
 from lightning_modules import ASPL
@@ -91,6 +92,32 @@ def test_views_and_grid_are_settings_that_change_the_result_and_are_refused_on_r
         "the checkpoint was made with other settings",
         "close",
     )
+
+
+def test_a_shaped_budget_and_a_basis_resume_and_are_said_in_the_manifest(command, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda device: False)  # as the command's precision
+    basis = ["--model.parametrisation=OwnSize", "--model.parametrisation.basis=Gaussian"]
+    flags = ["--model.shape=visible", "--model.budget=6", *basis, "--model.parametrisation.basis.sigma=2"]
+    main(command(*flags, rounds=2, out="whole"))
+    main(command(*flags, rounds=1))
+    main(command(*flags, "--ckpt_path=last", rounds=2))
+    first, second = (files(tmp_path / out) for out in ("whole", "out"))
+    assert {name: first[name] for name in SIZES} == {name: second[name] for name in SIZES}
+    said = manifest(tmp_path / "out")
+    assert (said["settings"]["model"]["budget"], said["settings"]["model"]["shape"]) == (6.0, "visible")
+    assert said["settings"]["model"]["parametrisation"]["basis"] == {"class": "Gaussian", "sigma": 2.0}
+    for entry in said["photos"]:
+        assert 0 < entry["largest_difference"] <= entry["budgets"]["largest"] <= 24
+        assert 0 < entry["budgets"]["mean"] < 24
+    options: dict[str, Any] = {"backbone": said["settings"]["model"]["backbone"], "rounds": 2, "device": "cpu"}
+    training = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))
+    form = OwnSize(basis=Gaussian(2.0))
+    how = Settings(training=training, parametrisation=form)
+    cloaked = antidreambooth.cloak(
+        [photos / name for name in SIZES], budget=6.0, shape="visible", settings=how, **options
+    )
+    for name, picture in zip(SIZES, cloaked, strict=True):
+        assert np.array_equal(np.asarray(picture), pixels(tmp_path / "out" / "cloaked" / name)), name
 
 
 @pytest.mark.slow

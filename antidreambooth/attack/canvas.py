@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from antidreambooth.attack.steps import StepRule
 from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError, require
 from antidreambooth.photos.decoding import Box, to_float
-from antidreambooth.photos.resampling import along
+from antidreambooth.photos.resampling import along, enlarged
 from antidreambooth.photos.whole import Reduced
 
 STEP = 1 / 127.5  # one 8-bit step of a pixel, in [-1, 1]
@@ -83,6 +82,10 @@ class Canvas(ABC):
     def gradient(self, gradient: Float[Tensor, "n 3 s s"], looks: Looks) -> Tensor:
         """The gradient in the state, from that in what a model saw."""
 
+    def pixel_change(self, state: Tensor) -> Tensor:
+        """What a state's difference from ``blank`` changes of the pixels, or of the grids, in units of [-1, 1]."""
+        return state
+
     def begin(self, rule: StepRule) -> Tensor:
         """What a step rule remembers before the first step."""
         return rule.begin(self.blank)
@@ -117,6 +120,10 @@ class SquareCanvas(Canvas):
     def gradient(self, gradient: Float[Tensor, "n 3 h w"], looks: Looks) -> Float[Tensor, "n 3 h w"]:
         """As it is."""
         return gradient
+
+    def bound(self, budget: float) -> float | Tensor:
+        """The budget of each pixel, in 8-bit steps: the same one everywhere."""
+        return budget
 
 
 @dataclass(frozen=True)
@@ -199,19 +206,23 @@ class OwnSizeCanvas(Canvas):
         self.photos, self.side, self.views = list(photos), side, views or Views()
         self.device = device or torch.device("cpu")
         self.pictures = [to_float(photo.picture[None])[0].to(self.device) for photo in photos]
-        sizes = [picture.numel() for picture in self.pictures]
-        self.blank = torch.zeros(sum(sizes), device=self.device, dtype=torch.float32)
-        self.sizes = sizes
+        self.shapes = [tuple(picture.shape) for picture in self.pictures]
+        self.sizes = [picture.numel() for picture in self.pictures]
+        self.blank = torch.zeros(sum(self.sizes), device=self.device, dtype=torch.float32)
         self.allowed = self._allowed()
 
     def to(self, device: torch.device) -> OwnSizeCanvas:
         """The same on a device."""
         return self if device == self.device else OwnSizeCanvas(self.photos, self.side, self.views, device)
 
+    def parts(self, state: Float[Tensor, " values"]) -> list[Float[Tensor, "c a b"]]:
+        """Each photo's part of a state, or of what belongs to each of its values."""
+        parts = zip(torch.split(state, self.sizes), self.shapes, strict=True)
+        return [part.view(shape) for part, shape in parts]
+
     def grids(self, state: Float[Tensor, " values"]) -> list[Float[Tensor, "3 gh gw"]]:
-        """Each photo's part of a state."""
-        parts = zip(torch.split(state, self.sizes), self.pictures, strict=True)
-        return [part.view(picture.shape) for part, picture in parts]
+        """The change of each photo's grid."""
+        return self.parts(state)
 
     def project(self, state: Float[Tensor, " values"], radius: float) -> Float[Tensor, " values"]:
         """Each grid's values within ``radius``: enlarging takes means, so that no pixel changes by more."""
@@ -250,39 +261,45 @@ class OwnSizeCanvas(Canvas):
         return self._seen(grids, looks)
 
     def gradient(self, gradient: Float[Tensor, "n 3 s s"], looks: Looks) -> Float[Tensor, " values"]:
-        """Back through the matrices."""
+        """That in the grids."""
+        return torch.cat([part.flatten() for part in self.grid_gradients(gradient, looks)])
+
+    def grid_gradients(self, gradient: Float[Tensor, "n 3 s s"], looks: Looks) -> list[Float[Tensor, "3 gh gw"]]:
+        """Back through the matrices, to each photo's grid."""
         with full_precision(self.device):
             parts = [look.rows.T @ one @ look.columns for one, look in zip(gradient, looks, strict=True)]
-        evened = [
+        return [
             part.mean(dim=0).expand_as(part) if photo.grey else part
             for part, photo in zip(parts, self.photos, strict=True)
         ]
-        return torch.cat([part.flatten() for part in evened])
 
     def begin(self, rule: StepRule) -> Tensor:
         """What the rule remembers of each photo, one after the other."""
-        return torch.cat([rule.begin(grid[None]).flatten() for grid in self.grids(self.blank)])
+        return torch.cat([rule.begin(part[None]).flatten() for part in self.parts(self.blank)])
 
     def direction(self, rule: StepRule, gradient: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The rule's own, photo by photo."""
-        grids = [grid[None] for grid in self.grids(gradient)]
-        shapes = [rule.begin(grid).shape for grid in grids]
+        gradients = [part[None] for part in self.parts(gradient)]
+        shapes = [rule.begin(part).shape for part in gradients]
         memories = torch.split(memory, [shape.numel() for shape in shapes])
         made = [
-            rule.direction(grid, part.view(shape)) for grid, part, shape in zip(grids, memories, shapes, strict=True)
+            rule.direction(one, part.view(shape)) for one, part, shape in zip(gradients, memories, shapes, strict=True)
         ]
         steps, kept = ([part.flatten() for part in parts] for parts in zip(*made, strict=True))
         return torch.cat(steps), torch.cat(kept)
 
+    def bound(self, index: int, budget: float) -> float | Tensor:
+        """The budget of each of a photo's pixels (h w) in 8-bit steps: the same one everywhere."""
+        return budget
+
     def change(self, state: Float[Tensor, " values"], index: int, budget: float) -> Integer[Tensor, "h w 3"]:
         """How much each value of a photo changes at its own size, in whole 8-bit steps; one channel at a time."""
-        width, height = self.photos[index].size
-        steps = math.floor(budget)
-        smallest = torch.int8 if steps <= 127 else torch.int16  # of a large photo it is large, too
+        steps = torch.as_tensor(self.bound(index, budget), device="cpu", dtype=torch.float32).floor()
+        smallest = torch.int8 if steps.max() <= 127 else torch.int16  # of a large photo it is large, too
         channels = []
         for channel in self.grids(state)[index].cpu() / STEP:
-            enlarged = interpolate(channel[None, None], (height, width), mode="bilinear")[0, 0]
-            channels.append(enlarged.round_().clamp_(-steps, steps).to(smallest))
+            change = enlarged(channel, self.photos[index].size)
+            channels.append(change.round_().clamp_(-steps, steps).to(smallest))
         return torch.stack(channels, dim=-1)
 
     def _allowed(self) -> Float[Tensor, " values"] | None:

@@ -28,7 +28,7 @@ from antidreambooth.attack.objectives import (
     Transformed,
     Weighted,
 )
-from antidreambooth.attack.parametrisation import OwnSize, Parametrisation
+from antidreambooth.attack.parametrisation import OwnSize, Parametrisation, Shape
 from antidreambooth.attack.perturbation import PGD, alone
 from antidreambooth.attack.pool import Pooled
 from antidreambooth.attack.steps import Momentum, Sign, StepRule
@@ -122,6 +122,8 @@ class Settings:
 
     Args:
         budget: largest change of a pixel's value, in 8-bit steps.
+        shape: of the budget: the same for all pixels (``flat``), or more for those at which less is seen, and as
+            visible on the whole as the flat one (``visible``).
         step_size: change per PGD step, in 8-bit steps; a tenth of the budget when not given.
         step_rule: what a PGD step does with the gradient; the method's own when not given.
         pgd_steps: PGD steps in a round; the method's own when not given.
@@ -141,6 +143,7 @@ class Settings:
     """
 
     budget: float = 8.0
+    shape: Shape = "flat"
     step_size: float | None = None
     step_rule: StepRule | None = None
     pgd_steps: int | None = None
@@ -191,6 +194,7 @@ class Assembly:
             reduce=reduce,
             recorded=chosen.execution.recorded,
         )
+        self.parametrisation = chosen.parametrisation.shaped(chosen.shape, chosen.budget)
         objective = self.attack.objective
         if self.encoder_only and method.surrogate in ("alternating", "trained", "pool"):
             raise InputError(

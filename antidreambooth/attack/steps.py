@@ -34,12 +34,12 @@ class StepRule(ABC):
             raise InputError(f"the step size's schedule is constant or linear, got {schedule!r}")
         self.schedule, self.random_start = schedule, random_start
 
-    def begin(self, images: Float[Tensor, "n 3 h w"]) -> Tensor:
+    def begin(self, images: Float[Tensor, "n c h w"]) -> Tensor:
         """What is remembered before the first step on such images: nothing, unless a subclass says otherwise."""
         return images.new_zeros(0)
 
     @abstractmethod
-    def direction(self, gradient: Float[Tensor, "n 3 h w"], memory: Tensor) -> tuple[Float[Tensor, "n 3 h w"], Tensor]:
+    def direction(self, gradient: Float[Tensor, "n c h w"], memory: Tensor) -> tuple[Float[Tensor, "n c h w"], Tensor]:
         """Which way a step goes, and what is remembered for the next one.
 
         Args:
@@ -66,7 +66,7 @@ class Sign(StepRule):
     def __init__(self, schedule: Schedule = "constant", random_start: bool = False) -> None:
         super().__init__(schedule, random_start)
 
-    def direction(self, gradient: Float[Tensor, "n 3 h w"], memory: Tensor) -> tuple[Float[Tensor, "n 3 h w"], Tensor]:
+    def direction(self, gradient: Float[Tensor, "n c h w"], memory: Tensor) -> tuple[Float[Tensor, "n c h w"], Tensor]:
         """The sign."""
         return gradient.sign(), memory
 
@@ -95,11 +95,11 @@ class Momentum(StepRule):
         self.decay, self.across_rounds = decay, across_rounds
         self.lasting = across_rounds
 
-    def begin(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    def begin(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """No gradient so far."""
         return torch.zeros_like(images)
 
-    def direction(self, gradient: Float[Tensor, "n 3 h w"], memory: Tensor) -> tuple[Float[Tensor, "n 3 h w"], Tensor]:
+    def direction(self, gradient: Float[Tensor, "n c h w"], memory: Tensor) -> tuple[Float[Tensor, "n c h w"], Tensor]:
         """The sign of the sum, and the sum."""
         total = self.decay * memory + gradient / _positive(gradient.abs().sum(dim=(1, 2, 3), keepdim=True))
         return total.sign(), total
@@ -119,7 +119,7 @@ class NormalizedL2(StepRule):
     def __init__(self, schedule: Schedule = "constant", random_start: bool = False) -> None:
         super().__init__(schedule, random_start)
 
-    def direction(self, gradient: Float[Tensor, "n 3 h w"], memory: Tensor) -> tuple[Float[Tensor, "n 3 h w"], Tensor]:
+    def direction(self, gradient: Float[Tensor, "n c h w"], memory: Tensor) -> tuple[Float[Tensor, "n c h w"], Tensor]:
         """The gradient over its root mean square."""
         return gradient / _positive(gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()), memory
 

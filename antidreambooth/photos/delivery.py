@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import unicodedata
 from collections import Counter
@@ -71,7 +70,9 @@ class Delivered:
     back: Original = field(repr=False)  # the file, as it was read back
 
 
-def deliver(original: Original, change: Integer[np.ndarray, "h w 3"], budget: float, how: Delivery) -> Delivered:
+def deliver(
+    original: Original, change: Integer[np.ndarray, "h w 3"], budget: float | Float[np.ndarray, "h w"], how: Delivery
+) -> Delivered:
     """Writes a photo with its change, and reads it back.
 
     A number of 16 bits changes by 256 for each step; nothing changes where alpha is 0; grey changes by the mean of the
@@ -80,7 +81,7 @@ def deliver(original: Original, change: Integer[np.ndarray, "h w 3"], budget: fl
     Args:
         original: the photo.
         change: of each number, upright, in 8-bit steps.
-        budget: largest change, in 8-bit steps; 12.7 allows 12.
+        budget: largest change, in 8-bit steps; 12.7 allows 12. One for all pixels, or each one's own.
         how: in which format, and what is kept.
 
     Raises:
@@ -138,21 +139,23 @@ def cloaked_names(names: Sequence[str], suffixes: Sequence[str] | None = None) -
 
 
 def to_8bit(
-    images: Float[Tensor, "n 3 h w"], originals: UInt8[Tensor, "n 3 h w"], budget: float
+    images: Float[Tensor, "n 3 h w"],
+    originals: UInt8[Tensor, "n 3 h w"],
+    budget: float | Float[Tensor, "n 1 h w"],
 ) -> UInt8[Tensor, "n 3 h w"]:
     """Nearest 8-bit pixels to ``images`` that keep the budget: rounding must not overstep it.
 
     Args:
         images: In [-1, 1]; what lies outside is clamped.
         originals: What the budget is measured from.
-        budget: Largest difference in 8-bit steps, 0 or more; 12.7 allows 12.
+        budget: Largest difference in 8-bit steps, 0 or more; 12.7 allows 12. One for all pixels, or each one's own.
 
     Raises:
         ValueError: ``images`` hold NaN, of which no pixel is nearest.
     """
     if images.isnan().any():
         raise ValueError("the images hold NaN: what computed them diverged")
-    steps = math.floor(min(budget, 255))
+    steps = torch.as_tensor(budget, device=images.device, dtype=torch.float32).clamp(max=255).floor()
     levels = ((images.float() + 1) * 127.5).round()
     lowest, highest = (originals.float() - steps).clamp(min=0), (originals.float() + steps).clamp(max=255)
     return levels.clamp(lowest, highest).to(torch.uint8)
@@ -242,7 +245,7 @@ def _changed(original: Original, change: np.ndarray, rows: slice) -> np.ndarray:
 
 
 def _differences(
-    original: Original, change: np.ndarray, back: Original, budget: float, exact: bool
+    original: Original, change: np.ndarray, back: Original, budget: float | np.ndarray, exact: bool
 ) -> tuple[int, float]:
     """Largest difference of the numbers in 8-bit steps, and the share of those over the budget.
 
@@ -262,14 +265,15 @@ def _differences(
         other = ", ".join(name for name, same in zip(names, alike, strict=True) if not same)
         raise RuntimeError(f"{original.name}: read back, its {other} is not the photo's")
     unit, largest, over = 1 if original.numbers.dtype == np.uint8 else 256, 0, 0
+    bound = np.broadcast_to(np.asarray(budget, np.float32), original.numbers.shape[:2])  # of one for all, no copies
     for rows in _rows(original):
         if exact and not (back.numbers[rows] == _changed(original, change, rows)).all():
             raise RuntimeError(f"{original.name}: read back, its numbers are not those that were written")
         apart = np.abs(back.numbers[rows].astype(np.int32) - original.numbers[rows])
         largest = max(largest, -(-int(apart.max()) // unit))
-        over += int((apart > budget * unit).sum())
-    if exact and largest > math.floor(budget):
-        raise ValueError(f"the change of {original.name} is up to {largest} steps, the budget {budget}")
+        over += int((apart > bound[rows][..., None] * unit).sum())
+    if exact and over:
+        raise ValueError(f"the change of {original.name} is up to {largest} steps, the budget {np.max(budget)}")
     return largest, over / back.numbers.size
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 FINE = 8  # points for each of the grid's that stand for a side that is longer than that
 
@@ -61,6 +62,11 @@ def along(
     ratio = grid / full
     photo = viewing(grid, start * ratio, length * ratio, side, device)
     return seeing(grid, full, start, length, side, device), photo
+
+
+def enlarged(grid: Float[Tensor, "gh gw"], size: tuple[int, int]) -> Float[Tensor, "h w"]:
+    """One channel of a grid at a photo's own size (width and height), bilinearly: a mean of its points."""
+    return interpolate(grid[None, None], size[::-1], mode="bilinear")[0, 0]
 
 
 def grid_size(size: tuple[int, int], points: int, longest: int = 4) -> tuple[int, int]:
