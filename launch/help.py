@@ -16,6 +16,7 @@ Cloaks photos, so that DreamBooth and LoRA learn little from them, and measures 
       python cli.py people -c configs/people.yaml --folder FOLDER
   python cli.py verdict  train attackers on photos under every protection and condition, and compare them
       python cli.py verdict --photos outputs/me/cloaked --clean_photos FOLDER
+  python cli.py page     open a page in the browser, on this machine only, where all of this needs no further commands
 
 The jobs are in configs/, with settings for machines in configs/trainer/ and experiments in configs/verdict/.
 Each command explains itself with --help, and README.md tells the story from the start.
