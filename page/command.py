@@ -59,7 +59,7 @@ def main(words: list[str]) -> None:
 
 
 def bound(address: str, port: int) -> socket.socket:
-    """A socket of this address.
+    """A socket that listens on this address.
 
     Raises:
         InputError: the port is taken.
@@ -69,6 +69,7 @@ def bound(address: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address, port))
+        listener.listen()  # so that whoever reads the address finds somebody there
     except (OSError, OverflowError) as error:
         listener.close()
         raise InputError(f"port {port} cannot be used: {error}; choose another one with --port") from error

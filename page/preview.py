@@ -7,9 +7,11 @@ time, nothing to do with the network, and is gone afterwards.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,7 @@ def compare(before: Path, after: Path, folder: Path) -> dict[str, Any]:
     named |= {"close-before": closes[0], "close-after": closes[1], "close-difference": apart(*closes)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, one in named.items():
-        part = folder / f".{name}.part"
+        part = folder / f".{name}.{os.getpid()}"
         one.save(part, "PNG", compress_level=1)
         part.replace(folder / f"{name}.png")
     return {"written": len(named)}
@@ -178,13 +180,16 @@ def apart(one: Any, other: Any) -> Any:
     return ImageChops.subtract(ImageChops.add(grey, more), less)
 
 
+ASKED: dict[str, Callable[..., dict[str, Any]]] = {"look": look, "compare": compare}
+
+
 def main(words: list[str]) -> None:
     """Does what it is asked for; prints the answer as JSON."""
     limit()
     warnings.simplefilter("ignore")
     what, *files = words
     try:
-        answer = {"look": look, "compare": compare}[what](*map(Path, files))
+        answer = ASKED[what](*map(Path, files))
     except RefusedPhoto as refused:
         answer = {"refused": str(refused)}
     except MemoryError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import secrets
@@ -52,6 +53,7 @@ class Page:
 
     def __init__(self, home: Path, models: list[Path], rounds: int) -> None:
         self.home, self.models, self.rounds = home, models, rounds
+        self.comparing = asyncio.Lock()  # a browser asks for several pictures of a photo at once
 
     def routes(self) -> list[Route]:
         """What may be asked for."""
@@ -234,12 +236,14 @@ class Page:
         if kind not in SHOWN or changed is None:
             raise HTTPException(404, say("not_here"))
         made = folder / "shown" / file.stem
-        if not (made / f"{kind}.png").is_file() or made.stat().st_mtime < changed[0].stat().st_mtime:
-            try:
-                await run_in_threadpool(ask, "compare", file, changed[0], made)
-            except RefusedPhoto as refused:
-                raise HTTPException(415, str(refused)) from refused
-        return existing(made / f"{kind}.png")
+        picture = made / f"{kind}.png"
+        async with self.comparing:
+            if not picture.is_file() or picture.stat().st_mtime < changed[0].stat().st_mtime:
+                try:
+                    await run_in_threadpool(ask, "compare", file, changed[0], made)
+                except RefusedPhoto as refused:
+                    raise HTTPException(415, str(refused)) from refused
+        return existing(picture)
 
     async def drawn(self, request: Request) -> Response:
         """A picture that a model of the test has drawn."""

@@ -28,6 +28,7 @@ from page.jobs import CLOAK, ESTIMATE, ROOT, RUNNING, TEST, checkpoint, read
 from page.models import words_of
 from page.texts import say
 
+COMMAND = ROOT / "cli.py"
 LOOK = 0.3  # seconds between two looks at whether it is asked to stop, or whether it is its turn
 CHECKPOINTS = {"embedded": 2}  # rounds between two: it is small; of others 10
 PICTURES = 8  # that each model of the test draws
@@ -133,7 +134,7 @@ def run(words: list[str], printed: io.StringIO) -> None:
 
     sys.argv = ["cli.py", *words]
     with contextlib.redirect_stdout(Both()):
-        runpy.run_path(str(ROOT / "cli.py"), run_name="__main__")
+        runpy.run_path(str(COMMAND), run_name="__main__")
 
 
 def estimate(printed: str) -> dict[str, Any]:

@@ -126,15 +126,17 @@ function drawPhotos(photos) {
 
 async function add(files) {
   at("problems").replaceChildren();
+  let mine = job;
   for (const file of files) {
+    if (job !== mine) break;  // another one was opened meanwhile
     at("reading").textContent = say("reading", { name: file.name });
     try {
       if (!job) {
-        job = (await ask("POST", "/jobs")).id;
+        job = mine = (await ask("POST", "/jobs")).id;
         history.replaceState(null, "", `#${job}`);
       }
       if (file.size > 40 * 2 ** 20) throw Object.assign(new Error(say("too_large", { most: 40 })), { status: 413 });
-      await ask("POST", `/jobs/${job}/photos`, file, { "x-name": encodeURIComponent(file.name) });
+      await ask("POST", `/jobs/${mine}/photos`, file, { "x-name": encodeURIComponent(file.name) });
       tell(say("added", { name: file.name }));
     } catch (error) {
       if (!error.status) break;
@@ -244,6 +246,7 @@ function drawFailure({ message, progress, resumes }) {
 function drawResult(state) {
   const { result, settings, test } = state;
   at("summary").textContent = say(result.complete ? "done_complete" : "done_partly", { rounds: result.rounds, steps: settings.rounds });
+  if (settings.model.id === "embedded") at("summary").textContent += ` ${say("done_trial")}`;
   at("go-on").hidden = result.complete || test.running;
   at("download-all").href = `/jobs/${job}/download`;
   const made = `${job}${result.rounds}`;
@@ -337,10 +340,10 @@ async function act(what, values = {}) {
 
 async function begin() {
   words = await ask("GET", "/texts");
-  listen();
   const works = await ask("GET", "/jobs");
   const wanted = location.hash.slice(1) || (works.find((work) => work.state === "working")?.id ?? "");
   await open(works.some((work) => work.id === wanted) ? wanted : "");
+  listen();
   await poll();
 }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from page import worker
 
-worker.ROOT = Path(__file__).parent / "fake"
+worker.COMMAND = Path(__file__).parent / "fake" / "cli.py"
 
 if __name__ == "__main__":
     worker.main(sys.argv[1:])

@@ -25,7 +25,6 @@ def test_loopback_only_and_no_flag_to_change_it():
     options = {word for action in command.parser()._actions for word in action.option_strings}
     assert options == {"-h", "--help", "--port", "--folder", "--models", "--rounds"}
     with command.bound("127.0.0.1", 0) as listener, socket.socket() as other:
-        listener.listen()
         other.settimeout(1)
         with pytest.raises(OSError, match=r"refused|unreachable|no network"):
             other.connect((own_address(), listener.getsockname()[1]))
@@ -38,7 +37,6 @@ def own_address() -> str:
 
 def test_a_port_that_is_taken_is_named():
     with command.bound("127.0.0.1", 0) as listener:
-        listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port} .*--port"):
             command.bound("127.0.0.1", port)

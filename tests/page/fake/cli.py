@@ -27,6 +27,7 @@ def fit() -> None:
                 Path(watched) / "progress.json", {"phase": "working", "step": done, "steps": rounds, "left": 1.0}
             )
             time.sleep(SECONDS)
+            Image.new("RGB", (16, 16)).save(Path(watched) / "so-far.png")
             done += 1
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(str(done))
