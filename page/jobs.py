@@ -2,7 +2,8 @@
 
 In a job's folder: ``photos/ID.jpg`` as they came, ``info/ID.json`` with their own names, ``shown/`` with previews,
 ``settings.json`` once it was started, ``progress.json``, ``run/`` (the folder of ``cli.py fit``), ``test/`` (that of
-``cli.py verdict``), ``KIND.lock`` while a worker lives, ``KIND.json`` with how it ended, and ``log``.
+``cli.py verdict``), ``look/`` (a moment's work on one photo), ``KIND.lock`` while a worker lives, ``KIND.json`` with
+how it ended, and ``log``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,12 @@ from page.texts import say
 
 PHOTOS = 30  # of a job
 OLD = 7 * 24 * 60 * 60  # seconds after which a job's folder is named at the start
-CLOAK, TEST, ESTIMATE = "cloak", "test", "estimate"  # what a worker may do
+CLOAK, TEST, ESTIMATE, LOOK, FACES = KINDS = "cloak", "test", "estimate", "look", "faces"  # what a worker may do
 WAIT = 10.0  # seconds in which a worker that was started holds its lock
 ROOT = Path(__file__).parent.parent
 WORKER = (sys.executable, "-m", "page.worker")
 RUNNING = (CLOAK, TEST)  # what takes the whole machine: one at a time, the others wait in a queue
+MOMENTS = (ESTIMATE, LOOK, FACES)  # what takes a moment, while the user makes up their mind
 
 
 class Refused(Exception):  # noqa: N818 (said to the user in a sentence)
@@ -134,9 +137,9 @@ def stop(folder: Path) -> None:
     (folder / "stop").touch()
 
 
-def kill(folder: Path) -> None:
-    """Ends all workers of a job at once; what they have written stays."""
-    for kind in (*RUNNING, ESTIMATE):
+def kill(folder: Path, kinds: Sequence[str] = KINDS) -> None:
+    """Ends workers of a job at once; what they have written stays."""
+    for kind in kinds:
         number = read(folder / f"{kind}.pid").get("pid")
         if number is None or not alive(folder, kind):  # the number may be another program's by now
             continue
@@ -161,6 +164,16 @@ def throw_away(folder: Path) -> None:
             shutil.rmtree(shown, ignore_errors=True)
 
 
+def remove_photo(folder: Path, file: Path) -> None:
+    """Removes a photo, and what was found out about the photos while it was among them."""
+    kill(folder, MOMENTS)
+    for one in (folder / "info" / f"{file.stem}.json", file, folder / "shown" / f"{file.stem}.jpg"):
+        one.unlink(missing_ok=True)
+    for moment in MOMENTS:
+        (folder / f"{moment}.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / LOOK, ignore_errors=True)
+
+
 def delete(folder: Path) -> None:
     """Ends the work and removes the folder with all that is in it."""
     kill(folder)
@@ -177,6 +190,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         raise Refused(say("no_photos"))
     if busy(folder):
         raise Refused(say("already_started"))
+    kill(folder, MOMENTS)
     write_json(folder / "settings.json", settings)
     start(folder, CLOAK)
 
@@ -187,7 +201,8 @@ def state_of(folder: Path) -> dict[str, Any]:
     settings, manifest = read(folder / "settings.json"), read(folder / "run" / "manifest.json")
     ended, kind = read(folder / f"{CLOAK}.json"), busy(folder)
     state: dict[str, Any] = {"id": folder.name, "photos": photos, "settings": settings, "old": is_old(folder)}
-    state["estimate"] = {"running": alive(folder, ESTIMATE), **read(folder / f"{ESTIMATE}.json")}
+    for moment in MOMENTS:
+        state[moment] = {"running": alive(folder, moment), **read(folder / f"{moment}.json")}
     progress = read(folder / "progress.json")
     if kind == CLOAK:
         phase = progress.get("phase", "starting")

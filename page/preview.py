@@ -21,6 +21,7 @@ PIXELS = 2**27 + 2**25  # 168 million; the engine's own limit is a little higher
 SIDE = 1600  # of a preview, in pixels
 CLOSE = 640  # side of the part that is shown pixel by pixel
 MEMORY, SECONDS = 3 * 2**30, 60  # of this process
+SHARES = {"weak": 4, "usual": 2, "strong": 1}  # of the strongest change: what it is divided by
 AMPLIFIED = 8  # times: the difference that is shown
 SUFFIX = {  # by Pillow's names of formats
     "JPEG": ".jpg",
@@ -47,7 +48,7 @@ def ask(*words: str | Path) -> dict[str, Any]:
     """Starts the process and waits for it.
 
     Args:
-        words: ``look FILE PREVIEW`` or ``compare BEFORE AFTER FOLDER``, see below.
+        words: ``look FILE PREVIEW``, ``compare BEFORE AFTER FOLDER`` or ``strengths BEFORE AFTER FOLDER``, see below.
 
     Raises:
         RefusedPhoto: the file is no photo that can be read, or too much for the limits.
@@ -154,6 +155,27 @@ def compare(before: Path, after: Path, folder: Path) -> dict[str, Any]:
         raise RefusedPhoto(say("photo_damaged"))
     named = {"before": wholes[0], "after": wholes[1], "difference": apart(*wholes)}
     named |= {"close-before": closes[0], "close-after": closes[1], "close-difference": apart(*closes)}
+    return write(named, folder)
+
+
+def strengths(before: Path, after: Path, folder: Path) -> dict[str, Any]:
+    """Writes how a photo changes at each strength, pixel by pixel, given how it changes at the strongest.
+
+    Writes ``before.png``, and of each strength ``NAME.png`` and ``NAME-difference.png``.
+    """
+    from PIL import ImageChops
+
+    was, strongest = (picture.crop(middle(picture.size)) for picture in map(upright, map(opened, (before, after))))
+    named = {"before": was}
+    for name, share in SHARES.items():
+        more, less = ImageChops.subtract(strongest, was, share), ImageChops.subtract(was, strongest, share)
+        named[name] = ImageChops.subtract(ImageChops.add(was, more), less)
+        named[f"{name}-difference"] = apart(was, named[name])
+    return write(named, folder)
+
+
+def write(named: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Writes pictures without loss; each is whole as soon as it is there."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, one in named.items():
         part = folder / f".{name}.{os.getpid()}"
@@ -180,7 +202,7 @@ def apart(one: Any, other: Any) -> Any:
     return ImageChops.subtract(ImageChops.add(grey, more), less)
 
 
-ASKED: dict[str, Callable[..., dict[str, Any]]] = {"look": look, "compare": compare}
+ASKED: dict[str, Callable[..., dict[str, Any]]] = {"look": look, "compare": compare, "strengths": strengths}
 
 
 def main(words: list[str]) -> None:

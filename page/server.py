@@ -10,6 +10,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -34,11 +35,14 @@ HERE = Path(__file__).parent
 STATIC = {
     "page.css": "text/css",
     "page.js": "text/javascript",
+    "choices.js": "text/javascript",
     "compare.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 BUDGETS = {"weak": 4, "usual": 8, "strong": 16}
-WHOM = ("everything", "faces", "largest")
+WHOM = ("everything", "faces", "largest", "pressed")
+MOST_FACES = 1000  # of a photo
+LOOKS = ("before", *BUDGETS, *(f"{name}-difference" for name in BUDGETS))
 SHOWN = ("before", "after", "difference", "close-before", "close-after", "close-difference")
 
 
@@ -73,6 +77,7 @@ class Page:
             Route(f"{job}/{{what}}", self.act, methods=["POST"]),
             Route(f"{job}/preview/{{photo}}", self.preview),
             Route(f"{job}/so-far", self.so_far),
+            Route(f"{job}/look/{{kind}}", self.looked),
             Route(f"{job}/shown/{{photo}}/{{kind}}", self.shown),
             Route(f"{job}/drawn/{{kind}}/{{number}}", self.drawn),
             Route(f"{job}/download", self.download_all),
@@ -149,15 +154,14 @@ class Page:
         """Takes a photo out again."""
         folder = self.choosing(request)
         file = self.photo(request, folder)
-        for one in (folder / "info" / f"{file.stem}.json", file, folder / "shown" / f"{file.stem}.jpg"):
-            one.unlink(missing_ok=True)
+        await run_in_threadpool(jobs.remove_photo, folder, file)
         return JSONResponse({})
 
     async def act(self, request: Request) -> Response:
         """What the buttons do."""
         folder, what = self.job(request), request.path_params["what"]
         actions: dict[str, Callable[[Path, dict[str, Any]], None]] = {
-            "estimate": self.estimate,
+            **{kind: partial(self.moment, kind) for kind in jobs.MOMENTS},
             "start": self.start,
             "continue": lambda folder, _: self.go_on(folder),
             "stop": lambda folder, _: jobs.stop(folder),
@@ -175,11 +179,14 @@ class Page:
             raise HTTPException(507, str(error)) from error
         return JSONResponse(await run_in_threadpool(jobs.state_of, folder))
 
-    def estimate(self, folder: Path, wanted: dict[str, Any]) -> None:
-        """How long this machine needs; found out by trying a moment of it."""
-        if jobs.photos_of(folder) and not jobs.alive(folder, jobs.ESTIMATE):
-            write_json(folder / "wanted.json", self.settings(wanted))
-            jobs.start(folder, jobs.ESTIMATE)
+    def moment(self, kind: str, folder: Path, wanted: dict[str, Any]) -> None:
+        """What is found out before the start: how long it takes, what it looks like on a photo, where faces are."""
+        photos = jobs.photos_of(folder)
+        if photos and not jobs.busy(folder) and not jobs.alive(folder, kind):
+            settings = {**self.settings(wanted), "whom": "everything"}  # which takes as long as any other choice
+            photo = one_of(wanted.get("photo", photos[0]["id"]), [one["id"] for one in photos])
+            write_json(folder / "wanted.json", {**settings, "photo": photo})
+            jobs.start(folder, kind)
 
     def start(self, folder: Path, wanted: dict[str, Any]) -> None:
         """Cloaks the photos."""
@@ -217,7 +224,7 @@ class Page:
         whom = one_of(wanted.get("whom", "everything"), WHOM)
         kept = {key: model[key] for key in ("id", "source", "pipeline", "name", "card", "testable")}
         chosen = {"strength": strength, "budget": BUDGETS[strength], "whom": whom, "model": kept}
-        return {**chosen, "rounds": self.rounds}
+        return {**chosen, "rounds": self.rounds, "pressed": pressed_of(wanted.get("pressed", {}))}
 
     async def preview(self, request: Request) -> Response:
         """A photo as it came, small."""
@@ -227,6 +234,11 @@ class Page:
     async def so_far(self, request: Request) -> Response:
         """What some of the photos look like now."""
         return existing(self.job(request) / "so-far.png")
+
+    async def looked(self, request: Request) -> Response:
+        """What one of the photos looks like at a strength."""
+        folder, kind = self.job(request), one_of(request.path_params["kind"], LOOKS)
+        return existing(folder / jobs.LOOK / "shown" / f"{kind}.png")
 
     async def shown(self, request: Request) -> Response:
         """A photo before or after, or the difference; made when it is first asked for, from files without loss."""
@@ -304,6 +316,22 @@ class Page:
         if file is None:
             raise HTTPException(404, say("not_here"))
         return file
+
+
+def pressed_of(wanted: object) -> dict[str, list[int]]:
+    """Which faces of which photos were pressed.
+
+    Raises:
+        HTTPException: 400, it is something else.
+    """
+    if not isinstance(wanted, dict):
+        raise HTTPException(400, say("not_understood"))
+    for photo, faces in wanted.items():
+        if not (re.fullmatch(r"[0-9a-f]{16}", photo) and isinstance(faces, list)):
+            raise HTTPException(400, say("not_understood"))
+        if not all(type(face) is int and 0 <= face < MOST_FACES for face in faces):
+            raise HTTPException(400, say("not_understood"))
+    return wanted
 
 
 def brief(folder: Path) -> dict[str, Any]:

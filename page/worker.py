@@ -24,13 +24,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from antidreambooth.files import write_json
-from page.jobs import CLOAK, ESTIMATE, ROOT, RUNNING, TEST, checkpoint, read
+from page.jobs import CLOAK, ESTIMATE, FACES, KINDS, LOOK, ROOT, RUNNING, TEST, checkpoint, original, photos_of, read
 from page.models import words_of
+from page.preview import ask
 from page.texts import say
 
 COMMAND = ROOT / "cli.py"
-LOOK = 0.3  # seconds between two looks at whether it is asked to stop, or whether it is its turn
+PAUSE = 0.3  # seconds between two looks at whether it is asked to stop, or whether it is its turn
 CHECKPOINTS = {"embedded": 2}  # rounds between two: it is small; of others 10
+ROUNDS, STRONGEST = 2, 16  # of a look at one photo; weaker changes are the same, scaled down
 PICTURES = 8  # that each model of the test draws
 
 
@@ -58,32 +60,35 @@ def command(folder: Path, kind: str, settings: dict[str, Any]) -> list[str]:
             f"--generation.images={PICTURES}",
             "--launcher.workers=1",
         ]
-    callbacks: list[dict[str, Any]] = [
-        {"class_path": "CloakedPhotos", "init_args": {"every_n_epochs": 0}},
-        {"class_path": "ProgressFile", "init_args": {"folder": str(folder)}},
-    ]
+    callbacks: list[dict[str, Any]] = [{"class_path": "CloakedPhotos", "init_args": {"every_n_epochs": 0}}]
+    if kind == CLOAK:
+        callbacks.append({"class_path": "ProgressFile", "init_args": {"folder": str(folder)}})
+    one = original(folder, settings["photo"]) if kind == LOOK else None
     words = [
         "fit",
         "--config=configs/aspl.yaml",
         *model,
-        f"--data.photos={folder / 'photos'}",
-        f"--model.budget={settings['budget']}",
-        f"--trainer.max_epochs={settings['rounds']}",
-        f"--trainer.default_root_dir={folder / ('estimate' if kind == ESTIMATE else 'run')}",
+        f"--data.photos={one or folder / 'photos'}",
+        f"--model.budget={STRONGEST if one else settings['budget']}",
+        f"--trainer.max_epochs={ROUNDS if one else settings['rounds']}",
+        f"--trainer.default_root_dir={folder / ('run' if kind == CLOAK else kind)}",
         f"--trainer.callbacks={json.dumps(callbacks)}",
         "--trainer.enable_progress_bar=false",
         f"--checkpoint.every_n_epochs={CHECKPOINTS.get(settings['model']['source'], 10)}",
-        *region(settings["whom"]),
+        *([] if one else region(folder, settings)),
     ]
     if kind == ESTIMATE:
         return [*words, "--dry_run"]
-    return [*words, "--ckpt_path=last" if checkpoint(folder) else "--overwrite"]
+    return [*words, "--ckpt_path=last" if kind == CLOAK and checkpoint(folder) else "--overwrite"]
 
 
-def region(whom: str) -> list[str]:
+def region(folder: Path, settings: dict[str, Any]) -> list[str]:
     """Where the photos may change."""
+    whom = settings["whom"]
     if whom == "everything":
         return []
+    if whom == "pressed":
+        return [f"--data.region.mask={folder / 'masks'}"]
     return [f"--data.region.faces={'largest' if whom == 'largest' else 'all'}", "--data.region.widths=2"]
 
 
@@ -100,9 +105,12 @@ def work(folder: Path, kind: str) -> dict[str, Any]:
         with turn(folder, kind), stopping(folder, kind):
             if kind in RUNNING:
                 write_json(folder / "progress.json", {"phase": "starting"})
-            wanted = "wanted.json" if kind == ESTIMATE else "settings.json"
-            words = command(folder, kind, read(folder / wanted))
-            run(words, printed)
+            settings = read(folder / ("settings.json" if kind in RUNNING else "wanted.json"))
+            if kind == FACES:
+                return {"found": faces_of(folder)}
+            if kind != TEST and settings["whom"] == "pressed":
+                write_masks(folder, settings["pressed"])
+            run(command(folder, kind, settings), printed)
     except (Stopped, KeyboardInterrupt):
         return {"stopped": True}
     except SystemExit as ended:
@@ -116,7 +124,48 @@ def work(folder: Path, kind: str) -> dict[str, Any]:
         return {"error": say("failed")}
     if kind == ESTIMATE:
         return estimate(printed.getvalue())
-    return {}
+    return {"photo": strengths(folder, settings["photo"])} if kind == LOOK else {}
+
+
+def faces_of(folder: Path) -> dict[str, Any]:
+    """Boxes of the faces of each photo, the largest first, in hundredths of the preview's width and height."""
+    from PIL import Image
+
+    from antidreambooth.photos.regions import face_boxes
+
+    found = {}
+    for photo in photos_of(folder):
+        with Image.open(folder / "shown" / f"{photo['id']}.jpg") as picture:
+            sides = picture.size * 2
+            boxes = face_boxes(picture.convert("RGB"))
+        found[photo["id"]] = [[100 * end / side for end, side in zip(box, sides, strict=True)] for box in boxes]
+    return found
+
+
+def write_masks(folder: Path, pressed: dict[str, list[int]]) -> None:
+    """For each photo a picture that is white around the faces that were pressed; all of it where none was."""
+    from PIL import Image
+
+    from antidreambooth.photos.regions import widened
+
+    found = read(folder / f"{FACES}.json").get("found", {})
+    (folder / "masks").mkdir(exist_ok=True)
+    for photo in photos_of(folder):
+        size = photo["width"], photo["height"]
+        faces = [box for number, box in enumerate(found.get(photo["id"], ())) if number in pressed.get(photo["id"], ())]
+        mask = Image.new("L", size, 0 if faces else 255)
+        for left, top, right, bottom in faces:
+            scaled = (left * size[0], top * size[1], right * size[0], bottom * size[1])
+            mask.paste(255, widened(tuple(round(end / 100) for end in scaled), 2.0, size))  # type: ignore[arg-type]
+        mask.save(folder / "masks" / f"{photo['id']}.png")
+
+
+def strengths(folder: Path, photo: str) -> str:
+    """Writes what a photo looks like at each strength, after a moment's work on it; gives the photo's number."""
+    before, (after,) = original(folder, photo), (folder / LOOK / "cloaked").iterdir()
+    assert before is not None  # the work was done on it
+    ask("strengths", before, after, folder / LOOK / "shown")
+    return photo
 
 
 def run(words: list[str], printed: io.StringIO) -> None:
@@ -146,7 +195,7 @@ def estimate(printed: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def turn(folder: Path, kind: str) -> Iterator[None]:
-    """Waits until no other job of this machine computes; an estimate takes a moment and waits for nobody.
+    """Waits until no other job of this machine computes; what takes a moment waits for nobody.
 
     Raises:
         Stopped: the user does not want to wait.
@@ -157,7 +206,7 @@ def turn(folder: Path, kind: str) -> Iterator[None]:
     lock = FileLock(folder.parent / "queue.lock")
     while not lock.is_locked:
         try:
-            lock.acquire(timeout=LOOK)
+            lock.acquire(timeout=PAUSE)
         except Timeout:
             if (folder / "stop").exists():
                 raise Stopped from None
@@ -173,7 +222,7 @@ def stopping(folder: Path, kind: str) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(LOOK):
+        while not over.wait(PAUSE):
             if (folder / "stop").exists() and read(folder / "progress.json").get("phase") != "writing":
                 signal.raise_signal(signal.SIGINT)
                 return
@@ -191,8 +240,8 @@ def stopping(folder: Path, kind: str) -> Iterator[None]:
 def main(words: list[str]) -> None:
     """Holds the job's lock as long as it works; where another worker has it, there is nothing to do."""
     folder, kind = Path(words[0]), words[1]
-    if kind not in (CLOAK, TEST, ESTIMATE):
-        sys.exit(f"a worker does {CLOAK}, {TEST} or {ESTIMATE}, not {kind}")
+    if kind not in KINDS:
+        sys.exit(f"a worker does one of {', '.join(KINDS)}, not {kind}")
     if hasattr(os, "nice"):
         os.nice(10)
     lock = FileLock(folder / f"{kind}.lock")

@@ -1,4 +1,5 @@
 // One page, five states. What is known comes from the server's /jobs/ID/state; this file shows it and sends buttons on.
+import { drawFaces, drawLook, pressed, strengthChanged } from "/static/choices.js";
 import { make, pair } from "/static/compare.js";
 
 const at = (id) => document.getElementById(id);
@@ -58,8 +59,8 @@ function show(state) {
   last = state;
   if (state.state === "choosing") {
     drawPhotos(state.photos);
-    if (section === "settings") drawTime(state);
-    else see("choosing");
+    if (section !== "settings") see("choosing");
+    else for (const draw of [drawTime, drawLook, drawFaces]) draw(state, say);
   } else {
     ({ working: drawWork, done: drawResult, failed: drawFailure })[state.state](state);
     see(state.state);
@@ -75,7 +76,8 @@ async function poll() {
       if (error.status === 404) await open("");
     }
   }
-  const busy = last.state === "working" || last.test?.running || last.estimate?.running || !at("lost").hidden;
+  const busy = last.state === "working" || ["test", "estimate", "look", "faces"].some((one) => last[one]?.running)
+    || !at("lost").hidden;
   waiting = setTimeout(poll, busy && !document.hidden ? OFTEN : SELDOM);
 }
 
@@ -176,7 +178,7 @@ async function listWorks() {
 // --- settings -------------------------------------------------------------------------------------------------------
 
 const size = (bytes) => (bytes < 1e9 ? `${Math.round(bytes / 1e6)} MB` : `${(bytes / 1e9).toFixed(1)} GB`);
-const chosen = () => Object.fromEntries(new FormData(at("form")));
+const chosen = () => ({ ...Object.fromEntries(new FormData(at("form"))), pressed: pressed() });
 
 async function drawModels() {
   const models = (await attempt(() => ask("GET", "/models"))) ?? [];
@@ -213,7 +215,7 @@ function inWords(time) {  // "45 s", "12 min", "2.5 h": what the command line pr
   return say("time_hours", { count: (seconds / 3600).toFixed(1).replace(".0", "") });
 }
 
-const estimate = () => attempt(async () => { await send("estimate", chosen()); await poll(); });
+const moment = (what) => attempt(async () => { await send(what, chosen()); await poll(); });
 
 // --- at work --------------------------------------------------------------------------------------------------------
 
@@ -301,10 +303,18 @@ function listen() {
   at("next").addEventListener("click", async () => {
     see("settings");
     await drawModels();
-    await estimate();
+    await moment("estimate");
   });
   at("back").addEventListener("click", () => see("choosing"));
-  at("form").addEventListener("change", (event) => { if (event.target.name === "model") estimate(); });
+  at("form").addEventListener("change", ({ target }) => {
+    if (target.name === "model") moment("estimate");
+    if (target.name === "strength") strengthChanged();
+    if (target.name === "whom") {
+      if (target.value === "pressed" && !last.faces.found) moment("faces");
+      else drawFaces(last, say);
+    }
+  });
+  at("look-start").addEventListener("click", () => moment("look"));
   at("form").addEventListener("submit", (event) => {
     event.preventDefault();
     act("start", chosen());

@@ -1,6 +1,7 @@
 """From photos to changed photos without a browser and without computing: a few lines stand in for ``cli.py``."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -218,6 +219,55 @@ def test_the_estimate(client, job, folder):
     assert found["state"] == "choosing"
     assert (found["estimate"]["time"], found["estimate"]["faces"]) == ("3 min", 1)
     assert found["estimate"]["running"] is False
+
+
+def test_the_three_strengths_on_a_photo(client, job, folder):
+    dark = io.BytesIO()
+    Image.new("RGB", (50, 40), (100, 100, 100)).save(dark, "PNG")
+    number = add(client, job, dark.getvalue(), "a.png").json()["id"]
+    other = add(client, job, picture(), "b.jpg").json()["id"]
+    assert client.post(f"/jobs/{job}/look", json={"photo": "f" * 16}).status_code == 400
+    client.post(f"/jobs/{job}/look", json={"photo": number, "strength": "weak"})
+    found = settled(folder, jobs.LOOK)
+    assert (found["state"], found["look"]["photo"]) == ("choosing", number)
+    seen = {}
+    for kind in server.LOOKS:
+        shown = client.get(f"/jobs/{job}/look/{kind}")
+        seen[kind] = Image.open(io.BytesIO(shown.content)).getpixel((20, 20))[0]
+    levels = {"before": 100, "weak": 104, "usual": 108, "strong": 116}
+    stronger = {f"{name}-difference": 128 + 8 * (level - 100) for name, level in levels.items() if name != "before"}
+    assert seen == {**levels, **{name: min(255, level) for name, level in stronger.items()}}
+    client.delete(f"/jobs/{job}/photos/{other}")  # nothing of a removed photo may be left, nor be mistaken for another
+    assert not (folder / "look").exists()
+    assert client.get(f"/jobs/{job}/look/weak").status_code == 404
+
+
+def test_faces_that_are_pressed_become_masks(client, job, folder):
+    for data, name in (((ROOT / "examples/photos/obama-1.jpg").read_bytes(), "me.jpg"), (picture(), "noise.jpg")):
+        add(client, job, data, name)
+    me, noise = (photo["id"] for photo in state(client, job)["photos"])
+    found = worker.faces_of(folder)
+    ((left, top, right, bottom),) = found[me]
+    assert 0 < left < 45 < 55 < right < 100
+    assert 0 < top < bottom < 80
+    assert found[noise] == []
+    (folder / "faces.json").write_text(json.dumps({"found": {**found, me: [[40, 40, 50, 50], [80, 80, 90, 90]]}}))
+    for pressed, seen in (({me: [0]}, (255, 0)), ({me: [1]}, (0, 255)), ({}, (255, 255))):
+        worker.write_masks(folder, pressed)
+        with Image.open(folder / "masks" / f"{me}.png") as mask:
+            assert mask.size == (600, 600)
+            assert (mask.getpixel((270, 270)), mask.getpixel((510, 510))) == seen
+        with Image.open(folder / "masks" / f"{noise}.png") as mask:
+            assert mask.getextrema() == (255, 255)
+    words = worker.region(folder, {"whom": "pressed"})
+    assert words == [f"--data.region.mask={folder / 'masks'}"]
+
+
+@pytest.mark.parametrize("wrong", [[1], {"../..": [0]}, {"f" * 16: 0}, {"f" * 16: ["0"]}, {"f" * 16: [-1]}])
+def test_pressed_faces_are_numbers(client, job, wrong):
+    add(client, job, picture())
+    answer = client.post(f"/jobs/{job}/start", json={"whom": "pressed", "pressed": wrong})
+    assert answer.status_code == 400
 
 
 def test_the_attackers(client, job, folder):

@@ -17,17 +17,18 @@ SECONDS = float(os.environ["FAKE_SECONDS"])
 
 def fit() -> None:
     root, rounds = Path(FLAGS["trainer.default_root_dir"]), int(FLAGS["trainer.max_epochs"])
-    (watched,) = (one["init_args"]["folder"] for one in json.loads(FLAGS["trainer.callbacks"]) if "Prog" in str(one))
+    callbacks = json.loads(FLAGS["trainer.callbacks"])
+    watched = [one["init_args"]["folder"] for one in callbacks if one["class_path"] == "ProgressFile"]
     kept = root / "checkpoints" / "last.ckpt"
     done = int(kept.read_text()) if FLAGS.get("ckpt_path") == "last" else 0
     begun = done
     try:
         while done < rounds:
-            write_json(
-                Path(watched) / "progress.json", {"phase": "working", "step": done, "steps": rounds, "left": 1.0}
-            )
+            for folder in map(Path, watched):
+                record = {"phase": "working", "step": done, "steps": rounds, "left": 1.0}
+                write_json(folder / "progress.json", record)
+                Image.new("RGB", (16, 16)).save(folder / "so-far.png")
             time.sleep(SECONDS)
-            Image.new("RGB", (16, 16)).save(Path(watched) / "so-far.png")
             done += 1
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(str(done))
@@ -40,7 +41,8 @@ def fit() -> None:
 def deliver(root: Path, done: int, begun: int, complete: bool) -> None:
     entries = []
     (root / "cloaked").mkdir(parents=True, exist_ok=True)
-    for file in sorted(Path(FLAGS["data.photos"]).iterdir()):
+    source = Path(FLAGS["data.photos"])
+    for file in sorted(source.iterdir()) if source.is_dir() else [source]:
         picture = upright(opened(file)).point(lambda level: min(255, level + int(FLAGS["model.budget"])))
         made = root / "cloaked" / f"{file.stem}.png"
         Image.frombytes("RGB", picture.size, picture.tobytes()).save(made)
