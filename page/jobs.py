@@ -33,7 +33,7 @@ OLD = 7 * 24 * 60 * 60  # seconds after which a job's folder is named at the sta
 CLOAK, TEST, ESTIMATE, LOOK, FACES = KINDS = "cloak", "test", "estimate", "look", "faces"  # what a worker may do
 WAIT = 10.0  # seconds in which a worker that was started holds its lock
 ROOT = Path(__file__).parent.parent
-WORKER = (sys.executable, "-m", "page.worker")
+WORKER: Sequence[str] = (sys.executable, "-m", "page.worker")
 RUNNING = (CLOAK, TEST)  # what takes the whole machine: one at a time, the others wait in a queue
 MOMENTS = (ESTIMATE, LOOK, FACES)  # what takes a moment, while the user makes up their mind
 

@@ -156,7 +156,7 @@ def write_masks(folder: Path, pressed: dict[str, list[int]]) -> None:
         mask = Image.new("L", size, 0 if faces else 255)
         for left, top, right, bottom in faces:
             scaled = (left * size[0], top * size[1], right * size[0], bottom * size[1])
-            mask.paste(255, widened(tuple(round(end / 100) for end in scaled), 2.0, size))  # type: ignore[arg-type]
+            mask.paste(255, widened(tuple(round(end / 100) for end in scaled), 2.0, size))
         mask.save(folder / "masks" / f"{photo['id']}.png")
 
 

@@ -40,7 +40,8 @@ class Server:
     """A page in a process of its own, which can be killed and started again."""
 
     def __init__(self, home: Path, true: bool = False) -> None:
-        self.home, self.true, self.process = home, true, None
+        self.home, self.true = home, true
+        self.process: subprocess.Popen[str] | None = None
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -53,8 +54,9 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, *program, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
         )
+        assert self.process.stdout is not None
         printed = "".join(self.process.stdout.readline() for _ in range(3))
-        return re.search(r"http\S+", printed)[0]
+        return next(word for word in printed.split() if word.startswith("http"))
 
     def kill(self, how: int = signal.SIGKILL) -> str:
         """Ends it, and says what it printed."""

@@ -10,7 +10,7 @@ import zipfile
 
 import psutil
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from page import jobs, server, worker
 from page.command import name_old
@@ -233,7 +233,7 @@ def test_the_three_strengths_on_a_photo(client, job, folder):
     seen = {}
     for kind in server.LOOKS:
         shown = client.get(f"/jobs/{job}/look/{kind}")
-        seen[kind] = Image.open(io.BytesIO(shown.content)).getpixel((20, 20))[0]
+        seen[kind] = Image.open(io.BytesIO(shown.content)).convert("L").getpixel((20, 20))
     levels = {"before": 100, "weak": 104, "usual": 108, "strong": 116}
     stronger = {f"{name}-difference": 128 + 8 * (level - 100) for name, level in levels.items() if name != "before"}
     assert seen == {**levels, **{name: min(255, level) for name, level in stronger.items()}}
@@ -306,3 +306,29 @@ def test_the_server_loads_no_torch():
     code = "import sys, page.server, page.worker, page.command; print({*sys.modules} & {'torch', 'lightning', 'PIL'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.slow
+def test_the_true_worker_goes_on_from_its_checkpoint(client, job, folder, monkeypatch):
+    """The embedded model on a small photo: killed once it has a checkpoint, and started again."""
+    monkeypatch.setattr(jobs, "WORKER", (sys.executable, "-m", "page.worker"))
+    add(client, job, picture("PNG", (64, 48)), "me.png")
+    assert client.post(f"/jobs/{job}/start", json={"strength": "usual"}).json()["settings"]["rounds"] == 3
+    until(client, job, lambda found: jobs.checkpoint(folder) or found["state"] != "working", 120)
+    worker_of(folder).kill()
+    found = settled(folder)
+    assert (found["state"], found["resumes"]) == ("failed", True), (folder / "log").read_text()
+    assert client.post(f"/jobs/{job}/continue").json()["state"] == "working"
+    found = settled(folder, seconds=120)
+    assert found["state"] == "done", (folder / "log").read_text()
+    assert (found["result"]["complete"], found["result"]["rounds"]) == (True, 3)
+    assert jobs.read(folder / "progress.json")["step"] == 3
+    assert Image.open(folder / "so-far.png").size == (260, 132)  # squares of 128 with an edge of 2
+    (photo,) = found["result"]["photos"]
+    changed = Image.open(io.BytesIO(client.get(f"/jobs/{job}/download/{photo['id']}").content))
+    assert (changed.size, photo["name"]) == ((64, 48), "me.png")
+    extremes = (
+        ImageChops.difference(changed, Image.open(io.BytesIO(picture("PNG", (64, 48))))).convert("L").getextrema()
+    )
+    assert 0 < extremes[1] <= 8
+    assert str(folder) in (folder / "run" / "config.yaml").read_text()
