@@ -232,8 +232,11 @@ class Page:
         return FileResponse(folder / "shown" / f"{self.photo(request, folder).stem}.jpg", media_type="image/jpeg")
 
     async def so_far(self, request: Request) -> Response:
-        """What some of the photos look like now."""
-        return existing(self.job(request) / "so-far.png")
+        """What some of the photos look like now; read at once, as another one takes its place at any time."""
+        try:
+            return Response((self.job(request) / "so-far.png").read_bytes(), media_type="image/png")
+        except FileNotFoundError as error:
+            raise HTTPException(404, say("not_here")) from error
 
     async def looked(self, request: Request) -> Response:
         """What one of the photos looks like at a strength."""

@@ -68,8 +68,9 @@ class Server:
         return rest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def browser():
+    """One for each test: in the second window of a browser no file dialogue opens."""
     with playwright.sync_playwright() as driver:
         rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
         one = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", rules])
@@ -156,6 +157,10 @@ def test_every_state_is_usable_by_everybody(page, photos):
     page.click("#next")
     expect(page.locator("#time")).to_contain_text("About 3 minutes")
     assert focus(page) == "settings-heading"
+    page.click("#look-start")
+    expect(page.locator("#look")).to_be_visible()
+    page.check("input[value=pressed]")
+    expect(page.locator("#faces")).to_contain_text("No face was found in one.jpg")
     without_findings(page)
     page.click("#start")
     expect(page.locator("#step")).to_contain_text(re.compile("Step [12] of 4"))
@@ -197,7 +202,13 @@ def test_by_keyboard_alone(page, photos):
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowDown")
     assert page.evaluate("new FormData(document.getElementById('form')).get('strength')") == "strong"
-    for _ in range(3):
+    page.keyboard.press("Tab")
+    assert focus(page) == "look-start"
+    page.keyboard.press("Enter")
+    expect(page.locator("#look .after")).to_have_js_property("complete", True)
+    page.locator("#look input[type=range]").press("ArrowRight")
+    page.locator("input[value=everything]").focus()
+    for _ in range(2):
         page.keyboard.press("Tab")
     assert focus(page) == "start"
     page.keyboard.press("Enter")

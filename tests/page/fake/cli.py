@@ -27,7 +27,8 @@ def fit() -> None:
             for folder in map(Path, watched):
                 record = {"phase": "working", "step": done, "steps": rounds, "left": 1.0}
                 write_json(folder / "progress.json", record)
-                Image.new("RGB", (16, 16)).save(folder / "so-far.png")
+                Image.new("RGB", (16, 16)).save(folder / "so-far.part", "PNG")
+                (folder / "so-far.part").replace(folder / "so-far.png")
             time.sleep(SECONDS)
             done += 1
             kept.parent.mkdir(parents=True, exist_ok=True)
