@@ -33,6 +33,7 @@ OLD = 7 * 24 * 60 * 60  # seconds after which a job's folder is named at the sta
 CLOAK, TEST, ESTIMATE, LOOK, FACES = KINDS = "cloak", "test", "estimate", "look", "faces"  # what a worker may do
 WAIT = 10.0  # seconds in which a worker that was started holds its lock
 ROOT = Path(__file__).parent.parent
+LOOKING = threading.Lock()  # two threads that look at a lock at once would take one another for a worker
 WORKER: Sequence[str] = (sys.executable, "-m", "page.worker")
 RUNNING = (CLOAK, TEST)  # what takes the whole machine: one at a time, the others wait in a queue
 MOMENTS = (ESTIMATE, LOOK, FACES)  # what takes a moment, while the user makes up their mind
@@ -88,11 +89,12 @@ def alive(folder: Path, kind: str) -> bool:
     if not file.exists():  # to make it would say that somebody has touched the folder
         return False
     lock = FileLock(file)
-    try:
-        with lock.acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
+    with LOOKING:
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
 
 
 def busy(folder: Path) -> str | None:
@@ -113,7 +115,7 @@ def start(folder: Path, kind: str) -> None:
     apart: dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
         apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}  # nothing is fetched
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # nothing is fetched
     with (folder / "log").open("ab") as log:
         worker = subprocess.Popen(  # noqa: S603
             [*WORKER, str(folder), kind],
@@ -145,6 +147,8 @@ def kill(folder: Path, kinds: Sequence[str] = KINDS) -> None:
             continue
         with suppress(psutil.NoSuchProcess):  # it has just ended by itself
             worker = psutil.Process(number)
+            if str(folder) not in worker.cmdline():
+                continue
             family = [*worker.children(recursive=True), worker]
             for process in family:
                 with suppress(psutil.NoSuchProcess):

@@ -99,6 +99,8 @@ def opened(file: Path) -> Any:
             raise RefusedPhoto(say("photo_unknown", why=why_unknown(beginning.read(1000)))) from error
     if is_raw(picture):
         raise RefusedPhoto(say("photo_raw"))
+    if picture.mode == "F":
+        raise RefusedPhoto(say("photo_float"))
     if picture.width * picture.height > PIXELS:
         raise RefusedPhoto(say("photo_pixels", megapixels=round(picture.width * picture.height / 1e6)))
     return picture

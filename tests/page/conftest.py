@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from page import jobs
 from page.server import application
+from tests.conftest import ROOT
 
 PORT = 8421
 OWN = f"http://127.0.0.1:{PORT}"
@@ -75,6 +76,7 @@ def settled(folder, kind: str = jobs.CLOAK, seconds: float = 20.0) -> dict:
 @pytest.fixture
 def fake(monkeypatch):
     """Workers run a script of a few lines in place of ``cli.py``; says how many seconds its rounds take."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(jobs, "WORKER", (sys.executable, str(Path(__file__).with_name("fake_worker.py"))))
 
     def rounds(seconds: float = 0.02, error: str = "") -> None:

@@ -1,5 +1,6 @@
 """The rules for a server on the loopback address, a test for each; what stands in their way is the guard alone."""
 
+import io
 import re
 import socket
 import stat
@@ -9,6 +10,7 @@ import zlib
 from itertools import repeat
 
 import pytest
+from PIL import Image
 from starlette.websockets import WebSocketDisconnect
 
 from antidreambooth.errors import InputError
@@ -183,6 +185,12 @@ def test_so_many_photos_and_no_more(client, job, folder, monkeypatch):
     assert len([*(folder / "photos").iterdir()]) == 1
 
 
+def of_mode(mode: str, kind: str) -> bytes:
+    data = io.BytesIO()
+    Image.new(mode, (9, 9), 30_000 if mode == "I;16" else 0).save(data, kind)
+    return data.getvalue()
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [
@@ -193,6 +201,7 @@ def test_so_many_photos_and_no_more(client, job, folder, monkeypatch):
         (b"", "opened"),
         (picture()[:-600], "cut off"),
         (picture("TIFF")[:-600], "cut off"),
+        (of_mode("F", "TIFF"), "floating-point"),
     ],
 )
 def test_what_is_no_photo_is_refused_with_a_sentence(client, job, folder, what, words):
@@ -200,6 +209,15 @@ def test_what_is_no_photo_is_refused_with_a_sentence(client, job, folder, what, 
     assert answer.status_code == 415
     assert words in answer.json()["error"]
     assert contents(folder) == []
+
+
+def test_photos_of_every_kind_are_looked_at(client, job, folder):
+    for mode, kind in (("I;16", "PNG"), ("1", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("RGBA", "WEBP"), ("L", "BMP")):
+        number = add(client, job, of_mode(mode, kind)).json()["id"]
+        shown = Image.open(io.BytesIO(client.get(f"/jobs/{job}/preview/{number}").content))
+        assert (shown.mode, shown.size) == ("RGB", (9, 9)), kind
+        if mode == "I;16":
+            assert abs(shown.convert("L").getpixel((4, 4)) - 30_000 // 256) <= 1
 
 
 def test_a_bomb_is_known_by_its_header(client, job, folder):

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
 import pytest
+from filelock import FileLock
 from PIL import Image, ImageChops
 
 from page import jobs, server, worker
@@ -203,6 +205,24 @@ def test_deleting_leaves_nothing(client, job, folder, home, fake):
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     assert {one.name for one in home.iterdir()} <= {"queue.lock"}
     assert client.get(f"/jobs/{job}/state").status_code == 404
+
+
+def test_no_other_program_is_ended(folder):
+    """Numbers of processes are used again: a worker's may be another program's by now."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        (folder / "cloak.pid").write_text(json.dumps({"pid": other.pid}))
+        with FileLock(folder / "cloak.lock"):
+            jobs.kill(folder)
+        assert other.poll() is None
+        other.kill()
+
+
+def test_many_who_look_at_once_are_no_worker(folder):
+    (folder / "cloak.lock").touch()
+    with ThreadPoolExecutor(8) as pool:
+        assert not any(pool.map(lambda _: jobs.alive(folder, jobs.CLOAK), range(200)))
+    with FileLock(folder / "cloak.lock"):
+        assert jobs.alive(folder, jobs.CLOAK)
 
 
 def test_an_error_is_said_in_its_sentence(client, job, folder, fake):
