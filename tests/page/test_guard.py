@@ -9,6 +9,7 @@ import sys
 import zlib
 from itertools import repeat
 
+import numpy as np
 import pytest
 from PIL import Image
 from starlette.websockets import WebSocketDisconnect
@@ -217,7 +218,7 @@ def test_photos_of_every_kind_are_looked_at(client, job, folder):
         shown = Image.open(io.BytesIO(client.get(f"/jobs/{job}/preview/{number}").content))
         assert (shown.mode, shown.size) == ("RGB", (9, 9)), kind
         if mode == "I;16":
-            assert abs(shown.convert("L").getpixel((4, 4)) - 30_000 // 256) <= 1
+            assert abs(int(np.asarray(shown).mean()) - 30_000 // 256) <= 1
 
 
 def test_a_bomb_is_known_by_its_header(client, job, folder):
