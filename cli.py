@@ -17,6 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.waiting import Meter, others, threads_beside, usable_cores
+from page.command import main as open_page
+from page.command import page
+
+if __name__ == "__main__" and sys.argv[1:2] == ["page"]:  # it answers in a second; what follows takes several
+    open_page(sys.argv[2:])
+    sys.exit()
 
 BEGUN = Meter.read()  # the seconds in which torch is loaded show what else the machine does
 
@@ -59,7 +65,8 @@ TRAINER = {
 }
 GRACE = 10.0  # seconds that other ranks have to end by themselves once one has failed
 CHECKPOINT = {"filename": "last", "every_n_epochs": 10, "enable_version_counter": False}
-COMMANDS = {"people": people, "verdict": verdict, "fragility": fragility}  # all others are one run of Lightning's
+# Commands that are not one run of Lightning's; the page is served without any of these.
+COMMANDS = {"people": people, "verdict": verdict, "fragility": fragility}
 EXPECTED = (  # warnings about what is meant to be so
     ".*in eval mode at the start of training.*",
     ".*does not have many workers.*",
@@ -263,7 +270,9 @@ def main(args: ArgsType = None) -> None:
         show(WELCOME)
         return
     try:
-        if isinstance(words, list) and words[0] in COMMANDS:
+        if isinstance(words, list) and words[0] == "page":
+            page(words[1:])
+        elif isinstance(words, list) and words[0] in COMMANDS:
             COMMANDS[words[0]](words[1:], main, parsed)
         else:
             if isinstance(words, list) and not words[0].startswith("-"):
@@ -287,7 +296,7 @@ def require_command(name: str) -> None:
     Raises:
         InputError: there is no such command.
     """
-    known = [*CommandLine.subcommands(), *COMMANDS]
+    known = [*CommandLine.subcommands(), *COMMANDS, "page"]
     if name not in known:
         raise InputError(f"there is no command {name!r}: choose {', '.join(known)}; `python cli.py` explains them")
 

@@ -18,6 +18,7 @@ Cloaks photos, so that DreamBooth and LoRA learn little from them, and measures 
       python cli.py verdict --photos outputs/me/cloaked --clean_photos FOLDER
   python cli.py fragility   how far can the autoencoder of a base model be fooled at all? Within minutes
       python cli.py fragility --backbone NAME
+  python cli.py page     open a page in the browser, on this machine only, where all of this needs no further commands
 
 The jobs are in configs/, with settings for machines in configs/trainer/ and experiments in configs/verdict/.
 Each command explains itself with --help, and README.md tells the story from the start.

@@ -14,7 +14,8 @@ OUTSIDE = ("benchmarks", "scripts", "tests")  # which may import every room, and
 SHELL = {"lightning_modules", "datamodules", "callbacks"}
 GROUND = {"errors", "files", "provenance"}
 BELOW: dict[str, set[str]] = {  # room -> the rooms that it may import from, beside itself
-    "cli": {"launch", *SHELL, "antidreambooth"},
+    "cli": {"launch", "page", *SHELL, "antidreambooth"},
+    "page": {"antidreambooth"},  # errors, files and formats: nothing that imports torch
     "launch": {*SHELL, "antidreambooth"},
     **{name: {"antidreambooth"} for name in SHELL},
     "antidreambooth": set(),
