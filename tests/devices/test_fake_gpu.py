@@ -39,7 +39,7 @@ COPIES = {
     "t-fsmg": 1,
     "e-fsmg": 2,
     "advdm": 1,
-    **{"simac": 2, "caat": 2, "metacloak": 2},
+    **{"simac": 2, "caat": 2, "metacloak": 3},  # one for the weights of the pool's member
     **{"mist": 1, "ace": 1, "sds": 1, "photoguard": 0, "pid": 0, "decoy": 1},
     "momentum": 1,
     "l2": 1,
