@@ -114,7 +114,7 @@ def test_a_target_belongs_to_each_model(small_model, small_v_model):
     assert torch.equal(objective.goal(first, 16, images).mean, goals[0])
 
 
-@pytest.mark.parametrize("name", set(PATTERNS) - {"grey"})
+@pytest.mark.parametrize("name", sorted({*PATTERNS} - {"grey"}))
 def test_patterns_are_pictures_with_contrast(name):
     picture = target_image(name, 64)
     assert picture.shape == (1, 3, 64, 64)
