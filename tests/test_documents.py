@@ -9,7 +9,9 @@ import yaml
 from tests.conftest import ROOT
 from tests.test_architecture import BELOW, ENGINE
 
-ROOMS = "antidreambooth|benchmarks|callbacks|configs|datamodules|docs|examples|launch|lightning_modules|page|scripts|tests"
+ROOMS = (
+    "antidreambooth|benchmarks|callbacks|configs|datamodules|docs|examples|launch|lightning_modules|page|scripts|tests"
+)
 FOLDERS = (ROOT / name for name in ("docs", "configs", "examples", "results"))
 DOCUMENTS = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))]
 
