@@ -216,12 +216,12 @@ def test_by_keyboard_alone(page, photos):
     assert slider.get_attribute("aria-valuetext") == "49 percent before, 51 percent after"
     page.keyboard.press("End")
     assert slider.get_attribute("aria-valuetext") == "100 percent before, 0 percent after"
-    after = page.locator(".stack .after")
+    after = page.locator(".pair .after")
     assert after.evaluate("one => getComputedStyle(one).clipPath") == "inset(0px 0px 0px 100%)"
     page.get_by_role("button", name="Close up").focus()
     page.keyboard.press("Space")
     expect(page.get_by_role("button", name="Close up")).to_have_attribute("aria-pressed", "true")
-    before = page.locator(".stack .before")
+    before = page.locator(".pair .before")
     expect(before).to_have_js_property("complete", True)
     assert before.evaluate("one => one.naturalWidth") == 300
 
