@@ -24,7 +24,7 @@ def outcome(cells: Path) -> dict[str, Any]:
             continue
         with table.open(encoding="utf-8", newline="") as file:
             rows = [*csv.DictReader(file)]
-        values = [float(row["acceptance"]) for row in rows if row.get("acceptance")]
+        values = [float(row["accepted"]) for row in rows if row.get("accepted")]
         found[kind] = {"pictures": len(values), "recognised": int(sum(values)), "cell": record.parent.name}
         found[kind]["files"] = [Path(row["file"]).name for row in rows]
     return found

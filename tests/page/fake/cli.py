@@ -56,7 +56,7 @@ def verdict() -> None:
         cell = Path(FLAGS["folder"]) / FLAGS["name"] / "cells" / f"you-{protection}"
         (cell / "images").mkdir(parents=True)
         Image.new("RGB", (16, 16), (80 * number, 80, 80)).save(cell / "images" / "0.png")
-        (cell / "per_image.csv").write_text(f"file,acceptance\nimages/0.png,{float(number == 1)}\n")
+        (cell / "per_image.csv").write_text(f"file,accepted\nimages/0.png,{float(number == 1)}\n")
         time.sleep(SECONDS)
         write_json(cell / "cell.json", {"protection": protection})
 
