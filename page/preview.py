@@ -96,7 +96,7 @@ def opened(file: Path) -> Any:
         picture = Image.open(file, formats=READ)
     except (OSError, SyntaxError, ValueError, RuntimeError) as error:
         with file.open("rb") as beginning:
-            raise RefusedPhoto(say("photo_unknown", why=why_unknown(beginning.read(1000)))) from error
+            raise RefusedPhoto(in_short(why_unknown(beginning.read(1000)))) from error
     if is_raw(picture):
         raise RefusedPhoto(say("photo_raw"))
     if picture.mode == "F":
@@ -104,6 +104,15 @@ def opened(file: Path) -> Any:
     if picture.width * picture.height > PIXELS:
         raise RefusedPhoto(say("photo_pixels", megapixels=round(picture.width * picture.height / 1e6)))
     return picture
+
+
+def in_short(why: str) -> str:
+    """The engine's reason for which a file cannot be opened, without what only its terminal's users can do."""
+    if why.startswith("it is no image:"):
+        return say("photo_none")
+    if why.startswith("it is no image, or"):
+        return say("photo_strange")
+    return say("photo_unknown", why=why.removesuffix("; remove it or save it anew"))
 
 
 def upright(picture: Any) -> Any:

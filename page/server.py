@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 import secrets
@@ -135,10 +136,15 @@ class Page:
         name = jobs.clean_name(unquote(request.headers.get("x-name", "")))
         number = secrets.token_hex(8)
         came = folder / "photos" / f".{number}.part"
+        seen = hashlib.sha256()
         try:
             with came.open("wb") as file:
                 async for piece in sized(request, PHOTO_BYTES):
                     file.write(piece)
+                    seen.update(piece)
+            same = [one["name"] for one in jobs.photos_of(folder) if one.get("sha256") == seen.hexdigest()]
+            if same:
+                raise HTTPException(409, say("photo_twice", name=same[0]))
             preview = folder / "shown" / f"{number}.jpg"
             found = await run_in_threadpool(ask, "look", came, preview)
             came.rename(folder / "photos" / f"{number}{found['suffix']}")
@@ -146,7 +152,7 @@ class Page:
             raise HTTPException(415, str(refused)) from refused
         finally:
             came.unlink(missing_ok=True)
-        info = {"id": number, "name": name, "came": time.time(), **found}
+        info = {"id": number, "name": name, "came": time.time(), "sha256": seen.hexdigest(), **found}
         await run_in_threadpool(write_json, folder / "info" / f"{number}.json", info)
         return JSONResponse({"id": number, "name": name}, status_code=201)
 

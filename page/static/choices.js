@@ -1,4 +1,4 @@
-// What helps to choose before the start: the three strengths on one's own photo, and faces to be pressed.
+// What helps to choose before the start: the three strengths on one's own photo, and faces to be chosen.
 import { divider, make } from "/static/compare.js";
 
 const at = (id) => document.getElementById(id);
@@ -19,7 +19,7 @@ export function drawLook(state, say) {
   const only = make("input", { type: "checkbox" });
   const label = make("label");
   label.append(only, ` ${say("look_difference")}`);
-  at("look").replaceChildren(parts.stack, parts.slider, label);
+  at("look").replaceChildren(parts.box, label);
   const place = (kind) => `/jobs/${state.id}/look/${kind}?${seconds}`;
   shown = () => {
     const strength = new FormData(at("form")).get("strength");
@@ -32,11 +32,18 @@ export function drawLook(state, say) {
 
 export const strengthChanged = () => shown?.();
 
+// Whether all photos that are chosen now were looked at.
+export const facesKnown = ({ photos, faces }) => Boolean(faces.found) && photos.every((photo) => photo.id in faces.found);
+
 export function drawFaces(state, say) {
-  const { running, found } = state.faces;
-  const wanted = new FormData(at("form")).get("whom") === "pressed";
-  at("faces").hidden = !wanted || running || !found;
-  const news = !wanted ? "" : running ? say("faces_looking") : found ? say("faces_press") : "";
+  const { running } = state.faces;
+  const found = facesKnown(state) ? state.faces.found : null;
+  const whom = new FormData(at("form")).get("whom");
+  const choosing = whom === "pressed";
+  at("faces").hidden = !choosing || running || !found;
+  const without = state.photos.filter((photo) => found && !found[photo.id].length).map((photo) => photo.name);
+  const known = choosing ? say("faces_press") : without.length ? say("faces_missing", { names: without.join(", ") }) : "";
+  const news = whom === "everything" ? "" : running ? say("faces_looking") : found ? known : "";
   if (at("faces-news").textContent !== news) at("faces-news").textContent = news;
   if (!found) {
     at("faces").replaceChildren();
@@ -45,7 +52,7 @@ export function drawFaces(state, say) {
   const name = `${state.id}${Object.keys(found ?? {})}`;
   if (!found || at("faces").dataset.made === name) return;
   at("faces").dataset.made = name;
-  at("faces").replaceChildren(...state.photos.map((photo) => facesOf(photo, found[photo.id] ?? [], state.id, say)));
+  at("faces").replaceChildren(...state.photos.map((photo) => facesOf(photo, found[photo.id], state.id, say)));
 }
 
 function facesOf(photo, boxes, job, say) {

@@ -1,4 +1,5 @@
-// A photo before and after with a divider: a range input moves it, so that keys, fingers and screen readers can.
+// A photo before and after with a divider: a range input moves it, so that keys, fingers and screen readers can; so
+// does dragging on the picture.
 
 export function make(tag, values = {}) {
   return Object.assign(document.createElement(tag), values);
@@ -6,8 +7,8 @@ export function make(tag, values = {}) {
 
 // The two pictures and their divider; show(before, after, close) says which they are, and without an after only the first.
 export function divider(name, say) {
-  const before = make("img", { className: "before", loading: "lazy" });
-  const after = make("img", { className: "after", loading: "lazy" });
+  const before = make("img", { className: "before", loading: "lazy", draggable: false });
+  const after = make("img", { className: "after", loading: "lazy", draggable: false });
   const line = make("div", { className: "line" });
   const stack = make("div", { className: "stack" });
   stack.append(before, after, line);
@@ -19,6 +20,16 @@ export function divider(name, say) {
   };
   slider.addEventListener("input", move);
   move();
+  const drag = (event) => {
+    if (slider.hidden || !(event.buttons & 1)) return;
+    const { left, width } = before.getBoundingClientRect();
+    slider.value = Math.round(100 * (event.clientX - left) / width);
+    move();
+  };
+  stack.addEventListener("pointerdown", (event) => { stack.setPointerCapture(event.pointerId); drag(event); });
+  stack.addEventListener("pointermove", drag);
+  const box = make("div", { className: "compare" });
+  box.append(stack, slider);
   const show = (first, second, close) => {
     before.src = first;
     before.alt = say(second ? "compare_before" : "compare_difference", { name });
@@ -28,16 +39,17 @@ export function divider(name, say) {
       after.alt = say("compare_after", { name });
     }
     stack.classList.toggle("close", close);
+    stack.classList.toggle("dragged", Boolean(second));
   };
-  return { before, stack, slider, show };
+  return { before, box, show };
 }
 
 export function pair(photo, job, say) {
   const place = (kind) => `/jobs/${job}/shown/${photo.id}/${kind}`;
   const box = make("article", { className: "pair" });
-  const { before, stack, slider, show } = divider(photo.name, say);
+  const { before, box: compared, show } = divider(photo.name, say);
   const trouble = make("p", { className: "problem", textContent: say("view_failed"), hidden: true });
-  before.addEventListener("error", () => { trouble.hidden = false; stack.hidden = slider.hidden = true; });
+  before.addEventListener("error", () => { trouble.hidden = false; compared.hidden = true; });
   const views = make("div", { className: "buttons" });
   views.setAttribute("role", "group");
   views.setAttribute("aria-label", say("compare_views", { name: photo.name }));
@@ -58,7 +70,7 @@ export function pair(photo, job, say) {
   save.download = photo.name;
   const buttons = make("div", { className: "buttons" });
   buttons.append(views, save);
-  box.append(make("h3", { textContent: photo.name }), stack, slider, trouble, buttons);
+  box.append(make("h3", { textContent: photo.name }), compared, trouble, buttons);
   if (photo.removed.length) {
     box.append(make("p", { className: "small", textContent: say("lost_data", { what: photo.removed.join(", ") }) }));
   }

@@ -1,11 +1,12 @@
 // One page, five states. What is known comes from the server's /jobs/ID/state; this file shows it and sends buttons on.
-import { drawFaces, drawLook, pressed, strengthChanged } from "/static/choices.js";
+import { drawFaces, drawLook, facesKnown, pressed, strengthChanged } from "/static/choices.js";
 import { make, pair } from "/static/compare.js";
 
 const at = (id) => document.getElementById(id);
 const SECTIONS = ["choosing", "settings", "working", "done", "failed"];
 const OFTEN = 1000;
 const SELDOM = 10000;
+const HEARD = 5000;  // what was said to screen readers is stale then
 let words = {};
 let job = "";       // its name, also in the address, so that a reload and a second tab find it
 let section = "";   // what is seen now
@@ -14,7 +15,12 @@ let waiting = 0;    // the timer
 let stopping = false;
 const say = (name, values = {}) =>
   Object.entries(values).reduce((text, [key, value]) => text.replaceAll(`{${key}}`, String(value)), words[name] ?? name);
-const tell = (text) => { at("news").textContent = text; };
+let forgetting = 0;  // the timer
+function tell(text) {
+  at("news").textContent = text;
+  clearTimeout(forgetting);
+  forgetting = setTimeout(() => { at("news").textContent = ""; }, HEARD);
+}
 
 async function ask(method, place, body, headers = {}) {
   let answer;
@@ -51,6 +57,7 @@ function see(name) {
   section = name;
   for (const one of SECTIONS) at(one).hidden = one !== name;
   at("trouble").hidden = true;
+  at("news").textContent = "";
   if (!first) at(`${name}-heading`).focus();
   if (name === "choosing") listWorks();
 }
@@ -126,8 +133,17 @@ function drawPhotos(photos) {
   at("start").textContent = say(count === 1 ? "start_one" : "start", { count });
 }
 
+// A message stays until it is closed.
+function complain(name, why) {
+  const close = make("button", { type: "button", textContent: say("dismiss") });
+  close.setAttribute("aria-label", say("dismiss_named", { name }));
+  const item = make("p", { className: "problem", textContent: `${say("refused", { name, why })} ` });
+  close.addEventListener("click", () => { item.remove(); at("files").focus(); });
+  item.append(close);
+  at("problems").append(item);
+}
+
 async function add(files) {
-  at("problems").replaceChildren();
   let mine = job;
   for (const file of files) {
     if (job !== mine) break;  // another one was opened meanwhile
@@ -142,7 +158,7 @@ async function add(files) {
       tell(say("added", { name: file.name }));
     } catch (error) {
       if (!error.status) break;
-      at("problems").append(make("p", { className: "problem", textContent: say("refused", { name: file.name, why: error.message }) }));
+      complain(file.name, error.message);
     }
     if (job) await poll();
   }
@@ -194,13 +210,24 @@ async function drawModels() {
     label.append(radio, " ", text);
     return label;
   }));
-  at("more-models").hidden = models.length > 1;
+  const others = models.some((model) => model.able && model.id !== "embedded");
+  at("more-models").hidden = others;
+  at("only-trial").hidden = others || !models.length;
+  drawTrial();
+}
+
+function drawTrial() {
+  at("start-trial").hidden = chosen().model !== "embedded";
 }
 
 function drawTime(state) {
   const { running, time, faces, error } = state.estimate;
   const lines = [running ? say("time_trying") : time ? say("time_found", { time: inWords(time) }) : error ?? say("time_unknown")];
-  if (!running && faces !== null && faces !== undefined) lines.push(say("faces_found", { count: faces, all: state.photos.length }));
+  if (!running && faces !== null && faces !== undefined) {
+    const all = state.photos.length;
+    const missed = faces < all && ["faces", "largest"].includes(chosen().whom);
+    lines.push(missed ? say("faces_not_found", { count: all - faces, all }) : say("faces_found", { count: faces, all }));
+  }
   const text = lines.join(" ");
   if (at("time").textContent !== text) at("time").textContent = text;
 }
@@ -213,6 +240,10 @@ function inWords(time) {  // "45 s", "12 min", "2.5 h": what the command line pr
   if (minutes <= 1) return say("time_minute");
   if (minutes < 120) return say("time_minutes", { count: minutes });
   return say("time_hours", { count: (seconds / 3600).toFixed(1).replace(".0", "") });
+}
+
+async function findFaces() {
+  if (chosen().whom !== "everything" && !facesKnown(last) && !last.faces.running) await moment("faces");
 }
 
 const moment = (what) => attempt(async () => { await send(what, chosen()); await poll(); });
@@ -247,8 +278,12 @@ function drawFailure({ message, progress, resumes }) {
 
 function drawResult(state) {
   const { result, settings, test } = state;
-  at("summary").textContent = say(result.complete ? "done_complete" : "done_partly", { rounds: result.rounds, steps: settings.rounds });
-  if (settings.model.id === "embedded") at("summary").textContent += ` ${say("done_trial")}`;
+  const trial = settings.model.id === "embedded";
+  const ended = result.complete ? "done_complete" : trial ? "done_partly_trial" : "done_partly";
+  at("summary").textContent = say(ended, { rounds: result.rounds, steps: settings.rounds });
+  at("done-trial").hidden = at("test-trial").hidden = !trial;
+  at("post").hidden = trial;
+  at("download-all").classList.toggle("main", !trial);
   at("go-on").hidden = result.complete || test.running;
   at("download-all").href = `/jobs/${job}/download`;
   const made = `${job}${result.rounds}`;
@@ -304,14 +339,19 @@ function listen() {
     see("settings");
     await drawModels();
     await moment("estimate");
+    await findFaces();
   });
   at("back").addEventListener("click", () => see("choosing"));
   at("form").addEventListener("change", ({ target }) => {
-    if (target.name === "model") moment("estimate");
+    if (target.name === "model") {
+      drawTrial();
+      moment("estimate");
+    }
     if (target.name === "strength") strengthChanged();
     if (target.name === "whom") {
-      if (target.value === "pressed" && !last.faces.found) moment("faces");
-      else drawFaces(last, say);
+      drawTime(last);
+      drawFaces(last, say);
+      findFaces();
     }
   });
   at("look-start").addEventListener("click", () => moment("look"));
@@ -354,6 +394,7 @@ async function begin() {
   const wanted = location.hash.slice(1) || (works.find((work) => work.state === "working")?.id ?? "");
   await open(works.some((work) => work.id === wanted) ? wanted : "");
   listen();
+  drawModels();
   await poll();
 }
 

@@ -52,9 +52,9 @@ def folder(home, job):
     return home / job
 
 
-def picture(kind: str = "JPEG", size: tuple[int, int] = (40, 30), **how) -> bytes:
-    """A photo of noise."""
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+def picture(kind: str = "JPEG", size: tuple[int, int] = (40, 30), seed: int = 0, **how) -> bytes:
+    """A photo of noise; each seed's is another one."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, kind, **how)
     return data.getvalue()

@@ -186,6 +186,17 @@ def test_so_many_photos_and_no_more(client, job, folder, monkeypatch):
     assert len([*(folder / "photos").iterdir()]) == 1
 
 
+def test_a_photo_is_not_taken_twice(client, job, folder):
+    number = add(client, job, picture(), "me.jpg").json()["id"]
+    before = contents(folder)
+    again = add(client, job, picture(), "copy.jpg")
+    assert (again.status_code, again.json()["error"]) == (409, "The same photo is there already: me.jpg.")
+    assert contents(folder) == before
+    assert add(client, job, picture(seed=1), "me.jpg").status_code == 201
+    client.delete(f"/jobs/{job}/photos/{number}")
+    assert add(client, job, picture(), "copy.jpg").status_code == 201
+
+
 def of_mode(mode: str, kind: str) -> bytes:
     data = io.BytesIO()
     Image.new(mode, (9, 9), 30_000 if mode == "I;16" else 0).save(data, kind)
@@ -196,10 +207,10 @@ def of_mode(mode: str, kind: str) -> bytes:
     ("what", "words"),
     [
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "opened"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
         (b"%PDF-1.7\n", "PDF"),
-        (b"only a text, called a photo", "no image"),
-        (b"", "opened"),
+        (b"only a text, called a photo", "It is not a picture."),
+        (b"", "not a picture"),
         (picture()[:-600], "cut off"),
         (picture("TIFF")[:-600], "cut off"),
         (of_mode("F", "TIFF"), "floating-point"),

@@ -47,11 +47,11 @@ def worker_of(folder) -> psutil.Process:
 
 def test_the_whole_way(client, job, folder):
     assert state(client, job)["state"] == "choosing"
-    for name, kind in (("Me and you.JPG", "JPEG"), ("scan.png", "PNG"), ("scan.jpeg", "JPEG")):
-        number = add(client, job, picture(kind), name).json()["id"]
+    for seed, (name, kind) in enumerate((("Me and you.JPG", "JPEG"), ("scan.png", "PNG"), ("scan.jpeg", "JPEG"))):
+        number = add(client, job, picture(kind, seed=seed), name).json()["id"]
         preview = client.get(f"/jobs/{job}/preview/{number}")
         assert Image.open(io.BytesIO(preview.content)).format == "JPEG"
-    assert client.delete(f"/jobs/{job}/photos/{add(client, job, picture()).json()['id']}").is_success
+    assert client.delete(f"/jobs/{job}/photos/{add(client, job, picture(seed=3)).json()['id']}").is_success
     started = client.post(f"/jobs/{job}/start", json={"strength": "strong", "whom": "faces"}).json()
     assert started["state"] == "working"
     assert (started["settings"]["budget"], started["settings"]["rounds"]) == (16, 3)
