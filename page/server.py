@@ -144,7 +144,7 @@ class Page:
                     seen.update(piece)
             same = [one["name"] for one in jobs.photos_of(folder) if one.get("sha256") == seen.hexdigest()]
             if same:
-                raise HTTPException(409, say("photo_twice", name=same[0]))
+                raise HTTPException(409, say("photo_twice", photo=same[0]))
             preview = folder / "shown" / f"{number}.jpg"
             found = await run_in_threadpool(ask, "look", came, preview)
             came.rename(folder / "photos" / f"{number}{found['suffix']}")

@@ -207,7 +207,7 @@ def of_mode(mode: str, kind: str) -> bytes:
     ("what", "words"),
     [
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "EPS"),
         (b"%PDF-1.7\n", "PDF"),
         (b"only a text, called a photo", "It is not a picture."),
         (b"", "not a picture"),
