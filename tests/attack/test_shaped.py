@@ -107,7 +107,7 @@ def test_pixels_and_a_flat_budget_are_the_published_squares_and_the_usual_grids(
     extreme=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_budget_of_each_pixel_holds_in_what_is_delivered(name, shape, budget, size, extreme, seed):
     """After enlarging, rounding and clipping, whatever the state, projected or not."""
     for make in (squares, grids):
@@ -125,7 +125,7 @@ def test_the_budget_of_each_pixel_holds_in_what_is_delivered(name, shape, budget
                 bounds = [canvas.bound(i, budget) for i in range(3)]
             for change, bound in zip(changes, bounds, strict=True):
                 assert (change <= torch.as_tensor(bound).floor()).all()
-                assert change.max() <= (min(255, 4 * int(budget)) if shape == "visible" else int(budget))
+                assert int(change.max()) <= (min(255, 4 * int(budget)) if shape == "visible" else int(budget))
 
 
 @every_basis
@@ -179,7 +179,7 @@ def test_files_hold_each_pixels_budget_and_say_what_it_was(tmp_path, kind, shape
         assert change.max() == one.file.largest
         if shape == "flat":
             assert one.bounds is None
-            assert change.max() <= 8
+            assert int(change.max()) <= 8
         else:
             bound = canvas.bound(8.0)[index] if kind is Square else canvas.bound(index, 8.0)[None]
             assert (change <= bound.floor().permute(1, 2, 0).numpy()).all()

@@ -24,7 +24,8 @@ def models(small_model, small_v_model):
     return [empty_on(load_backbone(str(folder)), META) for folder in (small_model, small_v_model)]
 
 
-@pytest.mark.parametrize("name", [case for case in EACH if "offload" not in case.values])  # would rest on the CPU
+# An offloaded model, and the models of a pool, rest on the CPU.
+@pytest.mark.parametrize("name", [case for case in EACH if not {"offload", "metacloak"} & {*case.values}])
 def test_a_round(models, name):
     with same_noise(Shapes):
         outcome = ready(name, models, META, lend).round()

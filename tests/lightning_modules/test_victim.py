@@ -602,7 +602,7 @@ def test_flags_explain_themselves(capsys):
             main(arguments)
     text = " ".join(capsys.readouterr().out.split())
     for words in (
-        "what is trained: Full, LoRA or TextualInversion",
+        "what is trained: Full, CrossAttention, LoRA or TextualInversion",
         "of AdamW",
         "mirrored",
         "clean photos",

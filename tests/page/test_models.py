@@ -92,7 +92,7 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path):
 
 
 def test_the_command_is_among_the_others(capsys):
-    with pytest.raises(SystemExit, match="choose fit, test, people, verdict, page"):
+    with pytest.raises(SystemExit, match="choose fit, test, people, verdict, fragility, page"):
         cli.main(["pages"])
     cli.main([])
     assert "cli.py page" in capsys.readouterr().out
