@@ -199,10 +199,11 @@ const chosen = () => ({ ...Object.fromEntries(new FormData(at("form"))), pressed
 async function drawModels() {
   const models = (await attempt(() => ask("GET", "/models"))) ?? [];
   const old = chosen().model;
+  const usual = Math.max(0, models.findIndex((model) => model.able && model.id !== "embedded")); // a real one, if any
   at("models").replaceChildren(...models.map((model, number) => {
     const label = make("label");
     const radio = make("input", { type: "radio", name: "model", value: model.id, disabled: !model.able });
-    radio.checked = old ? model.id === old : number === 0;
+    radio.checked = old ? model.id === old : number === usual;
     const text = make("span", { textContent: say("model_size", { name: model.name, size: size(model.bytes) }) });
     const more = [...(model.id === "embedded" ? [say("model_embedded_what")] : []), ...(model.why ? [model.why] : []),
       say("terms_heading", { terms: model.terms })];
