@@ -27,7 +27,7 @@ from lightning_modules.victim import Victim
 from tests.conftest import random_images
 from tests.families import oracle as official
 from tests.families.conftest import same
-from tests.families.tiny import TINY, save
+from tests.families.tiny import TINY, often, save
 
 PROMPTS = ("a photo of sks person", "sks")
 STEPS = 3
@@ -109,7 +109,7 @@ def learned_by(name: str, kind: str, model: Path, folder: Path) -> Learned:
     return found
 
 
-@pytest.fixture(scope="module", params=TABLE, ids="-".join)
+@pytest.fixture(scope="module", params=often(TABLE), ids="-".join)
 def learned(request, models, tmp_path_factory) -> Learned:
     name, kind = request.param
     return learned_by(name, kind, models(name), tmp_path_factory.mktemp("-".join(request.param)) / "result")

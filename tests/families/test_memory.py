@@ -19,7 +19,7 @@ from antidreambooth.finetuning.adaptation import Adaptation
 from antidreambooth.finetuning.dreambooth import DreamBooth, batch_loss, embed_prompts, prompts_asked
 from antidreambooth.finetuning.full import Full
 from antidreambooth.finetuning.lora import LoRA
-from tests.families.tiny import SIDE, TINY, save
+from tests.families.tiny import SIDE, TINY, often, save
 
 CPU = torch.device("cpu")
 pytestmark = [
@@ -29,7 +29,7 @@ pytestmark = [
 REFUSING = ("sana", "qwen-image")  # whose autoencoders know no checkpointing
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=often(TINY))
 def model(request, tmp_path_factory) -> Path:
     return save(request.param, tmp_path_factory.mktemp(request.param) / "model")
 

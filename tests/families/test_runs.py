@@ -13,10 +13,9 @@ from antidreambooth.diffusion.sampling import sample
 from antidreambooth.finetuning import Full, LoRA
 from cli import main
 from tests.conftest import ROOT
-from tests.families.tiny import TINY, save
+from tests.families.tiny import TINY, often, save
 
-QUICK = ("sdxl", "flux")
-FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY if name != "sd-v"]
+FAMILIES = often(name for name in TINY if name != "sd-v")
 PROMPT = "a photo of sks person"
 SHORT = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
 

@@ -24,7 +24,7 @@ from launch.verdict.cell import Person, make_cloak
 from launch.verdict.experiment import Experiment
 from tests.conftest import ROOT, random_images
 from tests.families import original
-from tests.families.tiny import SIDE, TINY, build, save
+from tests.families.tiny import SIDE, TINY, build, often, save
 from tests.helpers import fit_of_a_victim, make_photos, manifest, refused
 
 WHOLE = {  # networks in the file
@@ -69,7 +69,7 @@ def make(name: str, root: Path) -> One:
     return one
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=often(TINY))
 def one(request, tmp_path_factory) -> One:
     return make(request.param, tmp_path_factory.mktemp(request.param))
 

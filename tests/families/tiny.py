@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import string
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -66,6 +67,7 @@ from transformers import (
 )
 
 SIDE = 32  # pixels of the pictures that each model is made for: the least that Sana's pipeline takes
+OFTEN = ("sdxl", "flux", "sana")  # two text encoders; a flow; an autoencoder without spread
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 CHATS = (  # a chat template with what the pipelines ask for: a generation prompt, thoughts that are closed at once
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -494,6 +496,13 @@ def save(name: str, folder: Path, seed: int = 0) -> Path:
     }
     (folder / "antidreambooth.json").write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def often(rows: Iterable[Any]) -> list[Any]:
+    """Parameters, each beginning with a family: all tests hold those of ``OFTEN``, ``-m all_families`` the rest."""
+    seldom = [pytest.mark.slow, pytest.mark.all_families]
+    named = [(row if isinstance(row, str) else row[0], row) for row in rows]
+    return [pytest.param(row, marks=[] if name in OFTEN else seldom) for name, row in named]
 
 
 if __name__ == "__main__":
