@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from antidreambooth.diffusion.backbone import Backbone, Posterior
+from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.errors import InputError
 from antidreambooth.photos.decoding import load_photos, to_float
 
@@ -88,17 +88,24 @@ class Goal:
     def __init__(self, target: str) -> None:
         require_target(target)
         self.target = target
-        self._known: WeakKeyDictionary[Backbone, Posterior] | None = None
+        self._known: WeakKeyDictionary[Backbone, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without latents: they belong to models that are in memory."""
         return {**self.__dict__, "_known": None}
 
-    def __call__(self, backbone: Backbone, side: int, like: Tensor) -> Posterior:
-        """The posterior of the target at ``side`` pixels, of one row, where ``like`` is."""
+    def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:
+        """Encodes the target at the size of images, where they are."""
+        self._latent(backbone, images.shape[-1], images)
+
+    def __call__(self, backbone: Backbone, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """The target's latent beside each of the photos' latents."""
+        return self._latent(backbone, latents.shape[-1] * backbone.downscale, latents).expand_as(latents)
+
+    def _latent(self, backbone: Backbone, side: int, like: Tensor) -> Float[Tensor, "1 c h w"]:
         if self._known is None:
             self._known = WeakKeyDictionary()
         if backbone not in self._known:
             picture = target_image(self.target, side).to(like)
-            self._known[backbone] = backbone.encode_all(picture, 1)
+            self._known[backbone] = backbone.encode_all(picture, 1).mean
         return self._known[backbone]

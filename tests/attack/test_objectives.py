@@ -109,9 +109,9 @@ def test_a_target_belongs_to_each_model(small_model, small_v_model):
     first, second = load_backbone(str(small_model)), load_backbone(str(small_v_model))
     with torch.no_grad():
         second.vae.encoder.conv_in.weight.mul_(2)
-    goals = [objective.goal(model, 16, images).mean for model in (first, second)]
+    goals = [objective.goal(model, model.encode(images).mean) for model in (first, second)]
     assert not torch.equal(*goals)
-    assert torch.equal(objective.goal(first, 16, images).mean, goals[0])
+    assert torch.equal(objective.goal(first, first.encode(images).mean), goals[0])
 
 
 @pytest.mark.parametrize("name", sorted({*PATTERNS} - {"grey"}))
@@ -130,7 +130,7 @@ def test_a_target_can_be_a_picture(tmp_path, backbone):
     assert picture.shape == (1, 3, 16, 16)
     assert picture[0, :, 8, 8].tolist() == [1, -1, -1]
     images = to_float(random_images(2))
-    goals = [Targeted(name).goal(backbone, 16, images).mean for name in (str(path), "checkerboard")]
+    goals = [Targeted(name).goal(backbone, backbone.encode(images).mean) for name in (str(path), "checkerboard")]
     assert not torch.equal(*goals)
 
 

@@ -52,11 +52,17 @@ class Denoising(Objective):
         """The denoising loss of each image."""
         return self.evaluate(backbone, posterior, embedding, draw).loss
 
-    def evaluate(self, backbone: Backbone, posterior: Posterior, embedding: Conditioning, draw: Draw) -> Evaluation:
-        """The denoising loss of each image, with what it is computed from."""
+    def predicted(
+        self, backbone: Backbone, posterior: Posterior, embedding: Conditioning, draw: Draw
+    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
+        """Latents, the same with noise, and what the denoiser predicts of these."""
         latents = posterior.sample(draw.posterior_noise)
         noisy = backbone.noising.add_noise(latents, draw.timesteps, draw.noise)
-        prediction = backbone.predict(noisy, draw.timesteps, embedding.expanded(len(latents)))
+        return latents, noisy, backbone.predict(noisy, draw.timesteps, embedding.expanded(len(latents)))
+
+    def evaluate(self, backbone: Backbone, posterior: Posterior, embedding: Conditioning, draw: Draw) -> Evaluation:
+        """The denoising loss of each image, with what it is computed from."""
+        latents, noisy, prediction = self.predicted(backbone, posterior, embedding, draw)
         aim = latents.detach() if self.detached_target else latents
         loss = backbone.distance(prediction, aim, draw.timesteps, draw.noise)
         return Evaluation(latents, noisy, prediction, loss)

@@ -133,7 +133,7 @@ class EncoderTarget(Encoder):
 
     def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:
         """The target's latent."""
-        self.goal(backbone, images.shape[-1], images)
+        self.goal.prepare(backbone, images)
 
     def __call__(
         self,
@@ -143,9 +143,7 @@ class EncoderTarget(Encoder):
         draw: Draw,
     ) -> Float[Tensor, " n"]:
         """How near each image's latent is to the target's: the distance with a minus."""
-        latents = posterior.mean
-        target = self.goal(backbone, latents.shape[-1] * backbone.downscale, latents).mean
-        return -squared_distance(latents, target.expand_as(latents))
+        return -squared_distance(posterior.mean, self.goal(backbone, posterior.mean))
 
 
 class EncoderSpread(Encoder):

@@ -36,7 +36,7 @@ class Targeted(Denoising):
 
     def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:
         """The target's latent."""
-        self.goal(backbone, images.shape[-1], images)
+        self.goal.prepare(backbone, images)
 
     def draw(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Draw:
         """As for the denoising loss, with a level before each drawn one."""
@@ -52,8 +52,7 @@ class Targeted(Denoising):
     ) -> Float[Tensor, " n"]:
         """The denoising loss of each image less its distance from the target after one reverse step."""
         latents, noisy, prediction, loss = self.evaluate(backbone, posterior, embedding, draw)
-        target = self.goal(backbone, latents.shape[-1] * backbone.downscale, latents).mean
-        goal = backbone.noising.add_noise(target.expand_as(latents), draw.timesteps - 1, draw.noise)
+        goal = backbone.noising.add_noise(self.goal(backbone, latents), draw.timesteps - 1, draw.noise)
         return loss - squared_distance(backbone.noising.step_back(noisy, draw.timesteps, prediction), goal)
 
 
@@ -75,7 +74,7 @@ class ACE(Denoising):
 
     def prepare(self, backbone: Backbone, images: Float[Tensor, "n 3 h w"]) -> None:
         """The target's latent."""
-        self.goal(backbone, images.shape[-1], images)
+        self.goal.prepare(backbone, images)
 
     def __call__(
         self,
@@ -85,8 +84,5 @@ class ACE(Denoising):
         draw: Draw,
     ) -> Float[Tensor, " n"]:
         """How near each image's prediction is to the target's latent: the distance with a minus."""
-        latents = posterior.sample(draw.posterior_noise)
-        noisy = backbone.noising.add_noise(latents, draw.timesteps, draw.noise)
-        prediction = backbone.predict(noisy, draw.timesteps, embedding.expanded(len(latents)))
-        target = self.goal(backbone, latents.shape[-1] * backbone.downscale, latents).mean
-        return -squared_distance(prediction, target.expand_as(latents))
+        latents, _, prediction = self.predicted(backbone, posterior, embedding, draw)
+        return -squared_distance(prediction, self.goal(backbone, latents))
