@@ -17,6 +17,7 @@ from antidreambooth.diffusion.precision import full_precision
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError, require
 from antidreambooth.photos.decoding import Box, to_float
+from antidreambooth.photos.delivery import whole_steps
 from antidreambooth.photos.resampling import along, enlarged
 from antidreambooth.photos.whole import Reduced
 
@@ -294,7 +295,7 @@ class OwnSizeCanvas(Canvas):
 
     def change(self, state: Float[Tensor, " values"], index: int, budget: float) -> Integer[Tensor, "h w 3"]:
         """How much each value of a photo changes at its own size, in whole 8-bit steps; one channel at a time."""
-        steps = torch.as_tensor(self.bound(index, budget), device="cpu", dtype=torch.float32).floor()
+        steps = whole_steps(self.bound(index, budget)).cpu()
         smallest = torch.int8 if steps.max() <= 127 else torch.int16  # of a large photo it is large, too
         channels = []
         for channel in self.grids(state)[index].cpu() / STEP:

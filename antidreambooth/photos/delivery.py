@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -138,6 +139,13 @@ def cloaked_names(names: Sequence[str], suffixes: Sequence[str] | None = None) -
     return cloaked
 
 
+def whole_steps(budget: float | Float[Tensor, "*size"]) -> Float[Tensor, "*size"]:
+    """The whole 8-bit steps within a budget, 255 at most; 32 bits would round 1.99999999 up, so that comes later."""
+    if isinstance(budget, Tensor):
+        return budget.floor().clamp(max=255)
+    return torch.tensor(float(math.floor(min(budget, 255))), device="cpu")
+
+
 def to_8bit(
     images: Float[Tensor, "n 3 h w"],
     originals: UInt8[Tensor, "n 3 h w"],
@@ -155,7 +163,7 @@ def to_8bit(
     """
     if images.isnan().any():
         raise ValueError("the images hold NaN: what computed them diverged")
-    steps = torch.as_tensor(budget, device=images.device, dtype=torch.float32).clamp(max=255).floor()
+    steps = whole_steps(budget).to(images.device)
     levels = ((images.float() + 1) * 127.5).round()
     lowest, highest = (originals.float() - steps).clamp(min=0), (originals.float() + steps).clamp(max=255)
     return levels.clamp(lowest, highest).to(torch.uint8)
