@@ -52,7 +52,7 @@ def test_the_gradient_is_the_maps_transpose_and_autograds(basis):
     extreme=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_whatever_is_projected_changes_no_value_by_more_than_the_budget(name, rows, columns, size, extreme, seed):
     basis, radius = BASES[name], 0.06
     free = size * random(1, *basis.shape(rows, columns), seed=seed)

@@ -117,7 +117,7 @@ def test_each_photo_is_moved_as_it_would_be_alone(backbone):
     numbers=st.tuples(*[st.floats(0, 0.999)] * 4),
     close=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_part_lies_in_its_photo(width, height, numbers, close):
     face = (width * 2 // 5, height // 5, max(1, width * 9 // 10), height // 2)
     for faces in ((), (face,)):

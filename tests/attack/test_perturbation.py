@@ -22,7 +22,7 @@ from tests.conftest import random_images
 
 
 @given(seed=st.integers(0, 2**31), budget=st.floats(0, 300), spread=st.floats(0.001, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_projection_is_feasible_idempotent_and_nearest(seed, budget, spread):
     originals = to_float(random_images(2, 4, seed))
     images = originals + spread * torch.randn(originals.shape, generator=torch.Generator().manual_seed(seed))
@@ -38,7 +38,7 @@ def test_projection_is_feasible_idempotent_and_nearest(seed, budget, spread):
 
 @example(seed=0, budget=1.999999999999993)  # 2 in 32 bits
 @given(seed=st.integers(0, 2**31), budget=st.floats(1, 64))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_budget_survives_projection_and_rounding(seed, budget):
     originals = random_images(2, 4, seed)
     images = to_float(originals)

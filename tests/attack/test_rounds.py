@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import AdamW
 
@@ -196,7 +196,6 @@ def test_the_generator_depends_on_seed_rank_and_round():
 
 
 @given(steps=st.integers(1, 5), size=st.integers(1, 4), count=st.integers(1, 30), ranks=st.integers(1, 3))
-@settings(deadline=None)
 def test_every_image_gets_its_turn(steps, size, count, ranks):
     seen = torch.zeros(count)
     per_round = steps * size * ranks

@@ -107,7 +107,7 @@ def test_pixels_and_a_flat_budget_are_the_published_squares_and_the_usual_grids(
     extreme=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_budget_of_each_pixel_holds_in_what_is_delivered(name, shape, budget, size, extreme, seed):
     """After enlarging, rounding and clipping, whatever the state, projected or not."""
     for make in (squares, grids):

@@ -66,7 +66,7 @@ def test_momentum_outvotes_a_gradient_that_turns_and_none_does_not():
 
 
 @given(scale=st.floats(1e-6, 1e6))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_an_l2_step_is_as_long_as_a_sign_step_and_points_along_the_gradient(scale):
     (gradient,) = gradients(1)
     gradient[0] *= scale  # one photo's gradient does not shorten another's step

@@ -39,7 +39,7 @@ def test_size_and_kind_stay_and_nothing_is_left_to_chance(condition, with_model)
 
 
 @given(count=st.integers(1, 5), height=st.integers(8, 24), width=st.integers(8, 24), factor=st.floats(0.1, 1.0))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_any_shape(count, height, width, factor):
     photos = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
     for condition in (JPEG(), Rescale(factor), Blur(factor)):
@@ -47,7 +47,7 @@ def test_any_shape(count, height, width, factor):
 
 
 @given(level=st.integers(0, 255), factor=st.floats(0.1, 1.0), sigma=st.floats(0.1, 2.0))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_plain_picture_stays(level, factor, sigma):
     photos = torch.full((1, 3, 16, 16), level, dtype=torch.uint8)
     assert torch.equal(Rescale(factor)(photos, scene(0)), photos)

@@ -48,7 +48,7 @@ AUGMENTATIONS = st.builds(
 
 
 @given(augmentation=AUGMENTATIONS, seed=st.integers(0, 2**40), side=st.sampled_from([1, 7, 16]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_generator_decides_everything(augmentation, seed, side):
     pictures = random_images(3, side)
     kept = pictures.clone()

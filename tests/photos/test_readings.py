@@ -126,7 +126,6 @@ def test_halves_are_rounded_upward_as_by_opencv():
 
 
 @given(length=st.integers(1, 300), share=st.floats(0, 1))
-@settings(deadline=None)
 def test_area_spreads_every_pixel_evenly(length, share):
     count = 1 + int(share * (length - 1))
     weights = np.zeros((count, length))
@@ -142,7 +141,6 @@ def test_area_spreads_every_pixel_evenly(length, share):
 
 
 @given(length=st.integers(1, 300), count=st.integers(1, 300))
-@settings(deadline=None)
 def test_linear_keeps_ramps(length, count):
     """What is linear between the first and the last pixel's centres stays so."""
     centres = np.clip((np.arange(count) + 0.5) * length / count - 0.5, 0, length - 1)
@@ -155,7 +153,7 @@ def test_linear_keeps_ramps(length, count):
     side=st.integers(1, 40),
     level=st.integers(0, 255),
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_plain_stays_plain_and_rows_are_as_columns(kernel, size, side, level):
     plain = Image.new("RGB", size, (level, 0, 255))
     assert (resize(plain, (side, side), kernel, (0, 0, *size)) == (level, 0, 255)).all()

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 @given(grid=st.integers(1, 40), more=st.integers(0, 100))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_enlarging_is_torchs_bilinear_interpolation(grid, more):
     values = torch.rand(1, 1, grid, generator=torch.Generator().manual_seed(grid))
     wanted = interpolate(values, grid + more, mode="linear")
@@ -22,7 +22,7 @@ def test_enlarging_is_torchs_bilinear_interpolation(grid, more):
 
 
 @given(data=st.data(), width=st.integers(2, 90), height=st.integers(2, 90), side=st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_viewing_is_pillows_antialiased_bilinear_resize_of_a_box(data, width, height, side):
     length = data.draw(st.floats(1, min(width, height)))
     left, top = data.draw(st.floats(0, width - length)), data.draw(st.floats(0, height - length))

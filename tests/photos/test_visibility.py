@@ -55,7 +55,7 @@ def test_visibility_is_the_ssim_that_is_measured():
     height=st.integers(1, 24),
     width=st.integers(1, 24),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_budgets_are_whole_bounded_and_no_more_visible_than_the_plain_one(seed, kind, budget, height, width):
     generator = torch.Generator().manual_seed(seed)
     picture = {
