@@ -26,6 +26,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from antidreambooth.files import write_json
+from page.names import given_names
 from page.texts import say
 
 PHOTOS = 30  # of a job
@@ -210,15 +211,36 @@ def state_of(folder: Path) -> dict[str, Any]:
     progress = read(folder / "progress.json")
     if kind == CLOAK:
         phase = progress.get("phase", "starting")
-        return {**state, "state": "working", "progress": {**progress, "phase": phase, "ends": ends_after(folder)}}
+        how = {"phase": phase, "ends": ends_after(folder), "first": waits_for(folder, progress)}
+        return {**state, "state": "working", "progress": {**progress, **how}}
     if manifest:
         result = {"complete": manifest["complete"], "rounds": manifest["rounds"], "photos": changes(folder, manifest)}
-        test = {"running": kind == TEST, **read(folder / f"{TEST}.json"), "done": cells_done(folder)}
-        return {**state, "state": "done", "result": result, "test": {**test, "figures": figures(folder)}}
+        test = {"running": kind == TEST, **read(folder / f"{TEST}.json"), "first": waits_for(folder, progress)}
+        return {**state, "state": "done", "result": result, "test": {**test, **tested(folder)}}
     if not settings:
         return {**state, "state": "choosing"}
     message = ended.get("error") or (say("stopped_early") if ended.get("stopped") else say("interrupted"))
     return {**state, "state": "failed", "message": message, "progress": progress, "resumes": bool(checkpoint(folder))}
+
+
+def brief(folder: Path) -> dict[str, Any]:
+    """A job in the list of all of them."""
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.stat().st_mtime))
+    names = [photo["name"] for photo in photos_of(folder)]
+    return {"id": folder.name, "state": state_of(folder)["state"], "photos": names, "when": when, "old": is_old(folder)}
+
+
+def at_work(home: Path) -> dict[str, Any] | None:
+    """The job that computes now, which the others wait for."""
+    for folder in everyone(home):
+        if busy(folder) and read(folder / "progress.json").get("phase") != "queued":
+            return brief(folder)
+    return None
+
+
+def waits_for(folder: Path, progress: dict[str, Any]) -> dict[str, Any] | None:
+    """Whose turn it is, where it is not this job's."""
+    return at_work(folder.parent) if progress.get("phase") == "queued" and busy(folder) else None
 
 
 def ends_after(folder: Path) -> bool:
@@ -243,35 +265,6 @@ def changes(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def given_names(wanted: list[tuple[str, str]]) -> list[str]:
-    """The name of each file that is given back: the photo's own stem, and a suffix of the file's format.
-
-    Args:
-        wanted: the photo's own name, and the suffix of the cloaked file.
-    """
-    same = {".tif": (".tif", ".tiff"), ".jpg": (".jpg", ".jpeg", ".jpe", ".jfif")}
-    taken: set[str] = set()
-    names = []
-    for own, suffix in wanted:
-        path = Path(own)
-        if path.suffix.lower() in same.get(suffix, (suffix,)):
-            suffix = path.suffix
-        stem, number = path.stem, 1
-        while f"{stem}{suffix}".casefold() in taken:
-            number += 1
-            stem = f"{path.stem}-{number}"
-        taken.add(f"{stem}{suffix}".casefold())
-        names.append(f"{stem}{suffix}")
-    return names
-
-
-def clean_name(name: str) -> str:
-    """A user's name of a photo, without folders and without what no file system takes."""
-    last = re.split(r"[\\/]", name)[-1]
-    kept = "".join(letter for letter in last if letter.isprintable() and letter not in '<>:"|?*').strip(". ")
-    return kept[-120:] or "photo"
-
-
 def cloaked(folder: Path, photo: str) -> tuple[Path, str] | None:
     """A cloaked photo's file and the name that it is given back with."""
     manifest = read(folder / "run" / "manifest.json")
@@ -286,13 +279,11 @@ def original(folder: Path, photo: str) -> Path | None:
     return folder / "photos" / f"{photo}{info['suffix']}" if info else None
 
 
-def cells_done(folder: Path) -> int:
-    """How many of the test's three models are trained and measured."""
-    return len([*(folder / "test" / "cells").glob("*/cell.json")])
+def tested(folder: Path) -> dict[str, Any]:
+    """How far the test is, and what it found for each kind of photos that is done."""
+    from page.outcome import left, outcome  # reads tables; not needed before
 
-
-def figures(folder: Path) -> dict[str, Any]:
-    """What the test found, once it is done: for each kind of photos, how many pictures of how many were recognised."""
-    from page.outcome import outcome  # reads tables; not needed before
-
-    return outcome(folder / "test" / "cells")
+    cells, begun = folder / "test" / "cells", folder / f"{TEST}.pid"
+    since = begun.stat().st_mtime if begun.is_file() else 0.0
+    done = len([*cells.glob("*/cell.json")])
+    return {"done": done, "left": left(cells, since), "figures": outcome(cells)}

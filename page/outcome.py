@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 PROTECTIONS = {"none": "originals", "cloaked": "changed", "base": "nobody"}  # the verdict's words, and the page's
+TRAINED = ("originals", "changed")  # nobody's model draws only, which takes moments
 
 
 def outcome(cells: Path) -> dict[str, Any]:
@@ -18,7 +20,7 @@ def outcome(cells: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for record in sorted(cells.glob("*/cell.json")):
-        kind = PROTECTIONS.get(protection(record))
+        kind = PROTECTIONS.get(str(read(record).get("protection")))
         table = record.parent / "per_image.csv"
         if kind is None or not table.is_file():
             continue
@@ -30,7 +32,23 @@ def outcome(cells: Path) -> dict[str, Any]:
     return found
 
 
-def protection(record: Path) -> str:
-    """Which photos a cell's model was trained on."""
+def left(cells: Path, since: float) -> float | None:
+    """Seconds that the test still takes; None as long as no model is trained from which to tell.
+
+    Args:
+        cells: the verdict's folder of that name.
+        since: when the worker was started (seconds since the epoch): an interrupted model is trained anew.
+    """
+    records = [*cells.glob("*/cell.json")]
+    trained = [record for record in map(read, records) if PROTECTIONS.get(str(record.get("protection"))) in TRAINED]
+    if not trained:
+        return None
+    each = sum(record["seconds"] for record in trained) / len(trained)
+    now_at = max(since, *(record.stat().st_mtime for record in records))
+    return max(0.0, (len(TRAINED) - len(trained)) * each - (time.time() - now_at))
+
+
+def read(record: Path) -> dict[str, Any]:
+    """What a cell says of itself."""
     values: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-    return str(values.get("protection", ""))
+    return values

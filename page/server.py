@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import re
 import secrets
-import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,8 +24,11 @@ from starlette.routing import Route
 from antidreambooth.errors import InputError
 from antidreambooth.files import write_json
 from page import jobs
-from page.guard import JSON_BYTES, PHOTO_BYTES, Guard, one_of, sized
+from page.answers import body_of, existing, in_a_sentence, zipped
+from page.choices import BUDGETS, settings_of
+from page.guard import PHOTO_BYTES, Guard, one_of, sized
 from page.models import here
+from page.names import clean_name
 from page.preview import RefusedPhoto, ask
 from page.texts import say, texts
 
@@ -40,9 +40,6 @@ STATIC = {
     "compare.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
-BUDGETS = {"weak": 4, "usual": 8, "strong": 16}
-WHOM = ("everything", "faces", "largest", "pressed")
-MOST_FACES = 1000  # of a photo
 LOOKS = ("before", *BUDGETS, *(f"{name}-difference" for name in BUDGETS))
 SHOWN = ("before", "after", "difference", "close-before", "close-after", "close-difference")
 
@@ -113,7 +110,9 @@ class Page:
 
     async def list_jobs(self, request: Request) -> Response:
         """Earlier work, the newest first."""
-        return JSONResponse(await run_in_threadpool(lambda: [brief(folder) for folder in jobs.everyone(self.home)]))
+        return JSONResponse(
+            await run_in_threadpool(lambda: [jobs.brief(folder) for folder in jobs.everyone(self.home)])
+        )
 
     async def new_job(self, request: Request) -> Response:
         """A folder for photos."""
@@ -133,7 +132,7 @@ class Page:
         folder = self.choosing(request)
         if len(jobs.photos_of(folder)) >= jobs.PHOTOS:
             raise HTTPException(409, say("too_many", most=jobs.PHOTOS))
-        name = jobs.clean_name(unquote(request.headers.get("x-name", "")))
+        name = clean_name(unquote(request.headers.get("x-name", "")))
         number = secrets.token_hex(8)
         came = folder / "photos" / f".{number}.part"
         seen = hashlib.sha256()
@@ -189,7 +188,10 @@ class Page:
         """What is found out before the start: how long it takes, what it looks like on a photo, where faces are."""
         photos = jobs.photos_of(folder)
         if photos and not jobs.busy(folder) and not jobs.alive(folder, kind):
-            settings = {**self.settings(wanted), "whom": "everything"}  # which takes as long as any other choice
+            settings = {
+                **settings_of(wanted, self.models, self.rounds),
+                "whom": "everything",
+            }  # which takes as long as any other choice
             photo = one_of(wanted.get("photo", photos[0]["id"]), [one["id"] for one in photos])
             write_json(folder / "wanted.json", {**settings, "photo": photo})
             jobs.start(folder, kind)
@@ -198,7 +200,7 @@ class Page:
         """Cloaks the photos."""
         if jobs.read(folder / "settings.json"):
             raise jobs.Refused(say("already_started"))
-        jobs.begin(folder, self.settings(wanted))
+        jobs.begin(folder, settings_of(wanted, self.models, self.rounds))
 
     def go_on(self, folder: Path) -> None:
         """Goes on from the last checkpoint, with the settings of before."""
@@ -215,22 +217,6 @@ class Page:
         if jobs.busy(folder):
             raise jobs.Refused(say("already_started"))
         jobs.start(folder, jobs.TEST)
-
-    def settings(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        """What the user chose, each value out of a list.
-
-        Raises:
-            Refused: this machine cannot work with the base model.
-        """
-        models = {one["id"]: one for one in here(self.models)}
-        model = models[one_of(wanted.get("model", "embedded"), models)]
-        if not model["able"]:
-            raise jobs.Refused(model["why"])
-        strength = one_of(wanted.get("strength", "usual"), BUDGETS)
-        whom = one_of(wanted.get("whom", "everything"), WHOM)
-        kept = {key: model[key] for key in ("id", "source", "pipeline", "name", "card", "testable")}
-        chosen = {"strength": strength, "budget": BUDGETS[strength], "whom": whom, "model": kept}
-        return {**chosen, "rounds": self.rounds, "pressed": pressed_of(wanted.get("pressed", {}))}
 
     async def preview(self, request: Request) -> Response:
         """A photo as it came, small."""
@@ -269,7 +255,7 @@ class Page:
     async def drawn(self, request: Request) -> Response:
         """A picture that a model of the test has drawn."""
         folder, kind, number = self.job(request), request.path_params["kind"], request.path_params["number"]
-        found = jobs.figures(folder).get(kind)
+        found = jobs.tested(folder)["figures"].get(kind)
         if found is None or not number.isdecimal() or int(number) >= len(found["files"]):
             raise HTTPException(404, say("not_here"))
         return existing(folder / "test" / "cells" / found["cell"] / "images" / found["files"][int(number)])
@@ -325,72 +311,6 @@ class Page:
         if file is None:
             raise HTTPException(404, say("not_here"))
         return file
-
-
-def pressed_of(wanted: object) -> dict[str, list[int]]:
-    """Which faces of which photos were pressed.
-
-    Raises:
-        HTTPException: 400, it is something else.
-    """
-    if not isinstance(wanted, dict):
-        raise HTTPException(400, say("not_understood"))
-    for photo, faces in wanted.items():
-        if not (re.fullmatch(r"[0-9a-f]{16}", photo) and isinstance(faces, list)):
-            raise HTTPException(400, say("not_understood"))
-        if not all(type(face) is int and 0 <= face < MOST_FACES for face in faces):
-            raise HTTPException(400, say("not_understood"))
-    return wanted
-
-
-def brief(folder: Path) -> dict[str, Any]:
-    """A job in the list of earlier ones."""
-    state = jobs.state_of(folder)
-    names = [photo["name"] for photo in state["photos"]]
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.stat().st_mtime))
-    return {"id": folder.name, "state": state["state"], "photos": names, "when": when, "old": state["old"]}
-
-
-def existing(file: Path) -> Response:
-    """A picture that may not be there yet.
-
-    Raises:
-        HTTPException: 404, it is not.
-    """
-    if not file.is_file():
-        raise HTTPException(404, say("not_here"))
-    return FileResponse(file, media_type="image/png")
-
-
-def zipped(files: list[tuple[Path, str]], folder: Path) -> Path:
-    """Writes files with their names into a new archive, as they are: pictures are packed already."""
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".zip", delete=False) as made:
-        with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as archive:
-            for file, name in files:
-                archive.write(file, name)
-        return Path(made.name)
-
-
-async def body_of(request: Request) -> dict[str, Any]:
-    """A small JSON object; nothing where the body is empty.
-
-    Raises:
-        HTTPException: 400, it is something else; 413, it is too large.
-    """
-    data = b"".join([piece async for piece in sized(request, JSON_BYTES)])
-    try:
-        found = json.loads(data or b"{}")
-    except ValueError as error:
-        raise HTTPException(400, say("not_understood")) from error
-    if not isinstance(found, dict):
-        raise HTTPException(400, say("not_understood"))
-    return found
-
-
-async def in_a_sentence(request: Request, error: Exception) -> Response:
-    """Every refusal is a sentence for the page."""
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, status_code=error.status_code)
 
 
 def application(home: Path, port: int, key: str, models: list[Path], rounds: int) -> Guard:

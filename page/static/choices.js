@@ -11,6 +11,7 @@ export function drawLook(state, say) {
   const news = running ? say("look_running") : error ?? (there ? say("look_shown") : "");
   if (at("look-news").textContent !== news) at("look-news").textContent = news;
   at("look-start").disabled = running;
+  at("look-bar").hidden = !running;
   at("look").hidden = running || !there;
   const name = `${state.id}${photo}${seconds}`;
   if (running || !there || made === name) return;

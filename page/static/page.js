@@ -172,10 +172,8 @@ async function listWorks() {
   at("earlier").hidden = !others.length;
   at("works").replaceChildren(...others.map((work) => {
     const item = make("li");
-    const [shown, more] = [work.photos.slice(0, 3).join(", "), work.photos.length - 3];
-    const names = more > 0 ? say("earlier_more", { names: shown, count: more }) : shown;
     const state = [say(`state_${work.state}`), ...(work.old ? [say("earlier_old")] : [])].join(", ");
-    const text = make("span", { textContent: `${say("earlier_photos", { when: work.when, names })} (${state})` });
+    const text = make("span", { textContent: `${say("earlier_photos", { when: work.when, names: names(work) })} (${state})` });
     const take = make("button", { type: "button", textContent: say("earlier_open") });
     take.setAttribute("aria-label", say("earlier_open_named", { when: work.when }));
     take.addEventListener("click", () => { section = section === "choosing" ? "list" : section; open(work.id); });
@@ -251,11 +249,18 @@ const moment = (what) => attempt(async () => { await send(what, chosen()); await
 
 // --- at work --------------------------------------------------------------------------------------------------------
 
+const names = ({ photos }) => {
+  const [shown, more] = [photos.slice(0, 3).join(", "), photos.length - 3];
+  return more > 0 ? say("earlier_more", { names: shown, count: more }) : shown;
+};
+const queued = (first) => (first ? say("phase_queued_after", { when: first.when, names: names(first) }) : say("phase_queued"));
+
 function drawWork({ progress }) {
-  const { phase, step, steps, left } = progress;
+  const { phase, step, steps, left, first } = progress;
   const stops = stopping || progress.ends;
   const name = stops ? "phase_stopping" : phase === "working" && left !== null && left !== undefined ? "phase_left" : `phase_${phase}`;
-  const text = say(name, { step, steps, time: left ? inWords(left) : "" });
+  const text = name === "phase_queued" ? queued(first) : say(name, { step, steps, time: left ? inWords(left) : "" });
+  at("open-first").hidden = !first;
   if (at("step").textContent !== text) at("step").textContent = text;
   if (steps && step) at("bar").value = step / steps;
   else at("bar").removeAttribute("value");
@@ -296,10 +301,14 @@ function drawResult(state) {
   drawTest(test);
 }
 
-function drawTest({ running, done, stopped, error, figures }) {
+function drawTest({ running, done, left, first, stopped, error, figures }) {
   at("test-start").hidden = running || Boolean(figures.originals && figures.changed);
   at("test-stop").hidden = !running;
-  const now = running ? [say("test_running", { done }), ...(done ? [] : [say("test_waiting")])].join(" ")
+  at("test-bar").hidden = !running;
+  if (running && !first) at("test-bar").value = done;
+  else at("test-bar").removeAttribute("value");
+  const more = left ? say("test_left", { time: inWords(left) }) : done ? "" : say("test_waiting");
+  const now = running ? (first ? queued(first) : `${say("test_running", { done })} ${more}`.trim())
     : stopped ? say("test_stopped") : error ?? "";
   if (at("test-news").textContent !== now) at("test-news").textContent = now;
   if (running || !figures.originals || !figures.changed || at("test-result").dataset.made === job) return;
@@ -367,7 +376,8 @@ function listen() {
   at("change").addEventListener("click", () => act("throw-away"));
   at("test-start").addEventListener("click", () => act("test"));
   at("test-stop").addEventListener("click", () => act("stop"));
-  at("another").addEventListener("click", () => open(""));
+  for (const id of ["another", "meanwhile"]) at(id).addEventListener("click", () => open(""));
+  at("open-first").addEventListener("click", () => open(last.progress.first.id));
   at("delete").addEventListener("click", () => {
     if (confirm(say("delete_sure"))) attempt(async () => { await ask("DELETE", `/jobs/${job}`); await open(""); });
   });

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 # The console's words for a photo that is refused, and for a server that was killed.
-EXPECTED = re.compile("status of 415|ERR_CONNECTION_REFUSED|ERR_EMPTY_RESPONSE|ERR_CONNECTION_RESET|ERR_CONTENT_LENGTH")
+EXPECTED = re.compile("status of 415|ERR_(CONNECTION_RE(FUSED|SET)|CONTENT_LENGTH|EMPTY_RESPONSE|SOCKET_NOT)")
 expect = playwright.expect
 SECONDS = 20_000  # milliseconds that anything may take
 
@@ -101,13 +101,18 @@ def context(browser):
     assert not [text for text in wrong if not EXPECTED.search(text)]
 
 
-@pytest.fixture
-def page(context, server):
+def opened(context, server):
+    """The page in a tab."""
     one = context.new_page()
     one.on("dialog", lambda dialog: dialog.accept())
     one.goto(server.start())
     expect(one.locator("#choosing")).to_be_visible()
     return one
+
+
+@pytest.fixture
+def page(context, server):
+    return opened(context, server)
 
 
 @pytest.fixture
@@ -181,6 +186,8 @@ def test_every_state_is_usable_by_everybody(page, photos):
     without_findings(page)
     page.click("#test-start")
     expect(page.locator("#test-news")).to_contain_text("of 3 done")
+    expect(page.locator("#test-bar")).to_be_visible()
+    expect(page.locator("#test-news")).to_contain_text("About 2 minutes left")
     expect(page.locator("#test-result")).to_contain_text("recognised in 0 of 1 pictures")
     without_findings(page)
     page.click("#delete")
@@ -282,6 +289,58 @@ def test_stop_and_go_on(page, photos, server):
         page.get_by_role("link", name="Download one.png").click()
     assert saved.value.suggested_filename == "one.png"
     assert "ended" in server.kill(signal.SIGINT)
+
+
+def test_what_did_not_come_to_an_end_says_why(context, photos, server, monkeypatch):
+    monkeypatch.setenv("FAKE_ERROR", "the disk is full: make room")
+    page = opened(context, server)
+    add(page, photos)
+    page.click("#next")
+    page.click("#start")
+    expect(page.locator("#failed")).to_be_visible()
+    assert focus(page) == "failed-heading"
+    expect(page.locator("#why")).to_have_text("the disk is full: make room")
+    without_findings(page)
+    page.click("#change")
+    expect(page.locator("#photos li")).to_have_count(2)
+
+
+def test_other_photos_meanwhile_wait_for_those_that_are_at_work(context, photos, server, monkeypatch):
+    monkeypatch.setenv("FAKE_SECONDS", "10")
+    page = opened(context, server)
+    begin(page, photos[:1])
+    page.click("#meanwhile")
+    expect(page.locator("#earlier")).to_contain_text("one.jpg (at work)")
+    begin(page, photos[1:])
+    expect(page.locator("#step")).to_contain_text(re.compile("^Waiting for other work: .*, one.jpg"))
+    without_findings(page)
+    page.click("#open-first")
+    expect(page.locator("#step")).to_contain_text("Step")
+    page.click("#stop")  # whoever does not want to wait
+    expect(page.locator("#done")).to_be_visible()
+    page.click("#another")
+    page.get_by_role("button", name="Open the work").first.click()
+    expect(page.locator("#step")).to_contain_text("Step")
+    page.click("#stop")
+    expect(page.locator("#done .pair")).to_contain_text("two.png")
+
+
+def test_a_real_model_is_the_usual_choice_where_one_works(context, photos, server):
+    trial = {"id": "embedded", "name": "Small trial model", "bytes": 1, "able": True, "why": "", "terms": "own"}
+    others = [{**trial, "id": "other", "able": False, "why": "no card"}, {**trial, "id": "real"}]
+    context.route("**/models", lambda route: route.fulfill(json=[trial, *others]))
+    context.route("**/estimate", lambda route: route.continue_(post_data="{}"))  # the server knows the first one only
+    page = opened(context, server)
+    add(page, photos[:1])
+    page.click("#next")
+    expect(page.locator("input[value=real]")).to_be_checked()
+    expect(page.locator("input[value=other]")).to_be_disabled()
+    expect(page.locator("#start-trial")).to_be_hidden()
+    page.click("#back")
+    expect(page.locator("#only-trial")).to_be_hidden()
+    page.click("#next")
+    page.check("input[value=embedded]")
+    expect(page.locator("#start-trial")).to_be_visible()
 
 
 def test_ctrl_c_in_the_terminal_says_that_work_goes_on(page, photos, server):

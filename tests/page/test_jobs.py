@@ -17,6 +17,7 @@ from PIL import Image, ImageChops
 
 from page import jobs, server, worker
 from page.command import name_old
+from page.outcome import left
 from page.texts import say
 from tests.conftest import ROOT
 from tests.page.conftest import add, picture, settled
@@ -117,7 +118,10 @@ def test_one_job_at_a_time_across_processes(client, job, folder, home, fake):
         add(client, one, picture())
         client.post(f"/jobs/{one}/start")
     until(client, job, at_work)
-    assert state(client, second)["progress"]["phase"] == "queued"
+    waiting = state(client, second)["progress"]
+    assert waiting["phase"] == "queued"
+    assert (waiting["first"]["id"], waiting["first"]["photos"]) == (job, ["me.jpg"])
+    assert state(client, job)["progress"]["first"] is None
     assert settled(folder)["state"] == "done"
     until(client, second, at_work)
     assert settled(home / second)["state"] == "done"
@@ -303,6 +307,28 @@ def test_the_attackers(client, job, folder):
     assert Image.open(io.BytesIO(drawn.content)).getpixel((0, 0)) == (160, 80, 80)
     for place in ("changed/1", "changed/x", "other/0"):
         assert client.get(f"/jobs/{job}/drawn/{place}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("trained", "ago", "since", "expected"),
+    [
+        ([], 0, 0, None),
+        ([("base", 3.0)], 0, 0, None),  # which says nothing of how long a training takes
+        ([("none", 60.0)], 20, 0, 40),
+        ([("base", 3.0), ("none", 60.0)], 100, 10, 50),  # interrupted, and started again ten seconds ago
+        ([("none", 60.0)], 90, 0, 0),
+        ([("none", 60.0), ("cloaked", 80.0)], 0, 0, 0),
+    ],
+)
+def test_how_long_the_test_still_takes(tmp_path, trained, ago, since, expected):
+    now = time.time()
+    for protection, seconds in trained:
+        record = tmp_path / f"you-{protection}" / "cell.json"
+        record.parent.mkdir()
+        record.write_text(json.dumps({"protection": protection, "seconds": seconds}))
+        os.utime(record, (now - ago, now - ago))
+    found = left(tmp_path, now - since if since else 0.0)
+    assert found == (expected if expected is None else pytest.approx(expected, abs=2))
 
 
 def test_old_folders_are_named(client, job, folder, home, capsys):

@@ -58,7 +58,7 @@ def verdict() -> None:
         Image.new("RGB", (16, 16), (80 * number, 80, 80)).save(cell / "images" / "0.png")
         (cell / "per_image.csv").write_text(f"file,accepted\nimages/0.png,{float(number == 1)}\n")
         time.sleep(SECONDS)
-        write_json(cell / "cell.json", {"protection": protection})
+        write_json(cell / "cell.json", {"protection": protection, "seconds": 100 * SECONDS})
 
 
 if reason := os.environ["FAKE_ERROR"]:
