@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,12 +45,16 @@ SURROGATE = (  # a victim of a few steps, which FSMG attacks
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked ``all_families``, which takes minutes, unless ``-m`` names it."""
-    if "all_families" in config.option.markexpr:
-        return
-    left_out = [item for item in items if item.get_closest_marker("all_families")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    """Leaves out what is marked ``all_families``, unless ``-m`` names it; files with most slow tests come first.
+
+    What takes minutes must not begin last, when there is nothing left for the other worker to do.
+    """
+    if "all_families" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("all_families")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def beyond(host: Any) -> bool:
