@@ -104,6 +104,7 @@ class CloakedPhotos(Callback):
         state, budget = self._state(trainer, pl_module), pl_module.attack.budget
         entries: list[dict[str, Any]] = []
         seen: list[tuple[Tensor, Tensor]] = []
+        allowed = int(budget)  # the most that any pixel may change
         finished = data.parametrisation.finish(data.canvas, state, data.photos, budget, data.delivery)
         names = cloaked_names([photo.name for photo in data.photos])
         pixels = sum(width * height for width, height in (photo.size for photo in data.photos))
@@ -117,9 +118,10 @@ class CloakedPhotos(Callback):
                 result = {"cloaked": f"cloaked/{file}", "cloaked_sha256": written}
                 entries.append({**source, **result, **described(one)})
                 seen.append((one.seen_before, one.seen_after))
+                allowed = max(allowed, one.bounds.largest if one.bounds else 0)
                 bar.update(photo.size[0] * photo.size[1])
             befores, afters = (list(pictures) for pictures in zip(*seen, strict=True))
-            picture = comparison(befores, afters, int(budget))
+            picture = comparison(befores, afters, allowed)
             manifest = self._manifest(trainer, pl_module, entries, complete)
         write_json(root / MANIFEST, manifest)
         write_png(root / "comparison.png", picture)

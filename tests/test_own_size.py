@@ -11,6 +11,7 @@ from antidreambooth.attack.basis import Gaussian
 from antidreambooth.attack.methods import Settings
 from antidreambooth.attack.parametrisation import OwnSize, Square
 from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
+from callbacks.comparison import comparison
 from cli import main
 from lightning_modules import ASPL
 from tests.conftest import contents
@@ -98,6 +99,10 @@ def test_a_shaped_budget_and_a_basis_resume_and_are_said_in_the_manifest(command
     monkeypatch.setattr("antidreambooth.api.computes_in_bf16", lambda device: False)  # as the command's precision
     basis = ["--model.parametrisation=OwnSize", "--model.parametrisation.basis=Gaussian"]
     flags = ["--model.shape=visible", "--model.budget=6", *basis, "--model.parametrisation.basis.sigma=2"]
+    gains: list[int] = []
+    monkeypatch.setattr(
+        "callbacks.cloaked_photos.comparison", lambda *given: gains.append(given[-1]) or comparison(*given)
+    )
     main(command(*flags, rounds=2, out="whole"))
     main(command(*flags, rounds=1))
     main(command(*flags, "--ckpt_path=last", rounds=2))
@@ -109,6 +114,7 @@ def test_a_shaped_budget_and_a_basis_resume_and_are_said_in_the_manifest(command
     for entry in said["photos"]:
         assert 0 < entry["largest_difference"] <= entry["budgets"]["largest"] <= 24
         assert 0 < entry["budgets"]["mean"] < 24
+    assert gains[-1] == max(entry["budgets"]["largest"] for entry in said["photos"])  # no difference is clipped
     options: dict[str, Any] = {"backbone": said["settings"]["model"]["backbone"], "rounds": 2, "device": "cpu"}
     training = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))
     form = OwnSize(basis=Gaussian(2.0))
