@@ -40,6 +40,10 @@ CPU = torch.device("cpu")
 # Where no rank has all weights, hooks around the modules change the order in which autograd adds up the gradients of
 # what is used several times: equal but for rounding, which AdamW's and PGD's signs then enlarge.
 ROUNDED = ("zero-3", "fsdp")
+# DeepSpeed's AdamW steps on a part of one flat tensor, which ends elsewhere than a weight does. Without AVX-512 the last
+# values are rounded in another way there: one value of a victim differs in its last place, seen on a Zen 3.
+FLAT = ("zero-1", "zero-2")
+EXACT = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def every_expected_warning(test):
@@ -294,14 +298,23 @@ def test_the_comparison_notices_weights_that_are_not_given_back(started, ingredi
 def test_deepspeed_computes_in_bf16_as_ddp_does(started):
     """Autocast over fp32 weights, not a network that was cast."""
     zero, ddp, full = (held(started, name) for name in ("zero-2_bf16", "ddp_bf16", "ddp_aspl"))
-    assert all(torch.equal(value, zero[key]) for key, value in ddp.items())
     assert not torch.equal(ddp["perturbation"], full["perturbation"])
+    weights = [key for key in ddp if key not in ("perturbation", "stray")]
+    together = torch.cat([zero[key].flatten() for key in weights])
+    assert (together.bfloat16() == together).float().mean() < 0.01
+    if EXACT:
+        assert all(torch.equal(value, zero[key]) for key, value in ddp.items())
+    else:  # a difference in the last place becomes one of bf16: no larger than that of bf16 from fp32
+        off, rounding = (torch.cat([(one[key] - ddp[key]).flatten() for key in weights]).norm() for one in (zero, full))
+        assert off <= 1.5 * rounding
+        assert (zero["perturbation"] != ddp["perturbation"]).float().mean() < 0.1
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_victim_of_two_ranks_equals_one_process_that_draws_their_noise(started, ingredients, victim, name):
     tensors = held(started, f"{name}_victim")
-    assert apart(tensors, victim, ingredients[0]) <= (1e-3 if name in ROUNDED else 0)
+    allowed = 1e-3 if name in ROUNDED else 1e-6 if name in FLAT and not EXACT else 0
+    assert apart(tensors, victim, ingredients[0]) <= allowed
     saved = dict(load_backbone(str(started / f"{name}_victim" / "model")).named_parameters())
     assert all(torch.equal(value, saved[key]) for key, value in tensors.items())
 
