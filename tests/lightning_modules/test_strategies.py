@@ -40,8 +40,8 @@ CPU = torch.device("cpu")
 # Where no rank has all weights, hooks around the modules change the order in which autograd adds up the gradients of
 # what is used several times: equal but for rounding, which AdamW's and PGD's signs then enlarge.
 ROUNDED = ("zero-3", "fsdp")
-# DeepSpeed's AdamW steps on a part of one flat tensor, which ends elsewhere than a weight does. Without AVX-512 the last
-# values are rounded in another way there: one value of a victim differs in its last place, seen on a Zen 3.
+# DeepSpeed's AdamW steps on a part of one flat tensor, which ends elsewhere than a weight does. Without AVX-512 that
+# rounded one value of a victim otherwise in its last place (seen on a Zen 3).
 FLAT = ("zero-1", "zero-2")
 EXACT = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
