@@ -43,7 +43,7 @@ def left(cells: Path, since: float) -> float | None:
     trained = [record for record in map(read, records) if PROTECTIONS.get(str(record.get("protection"))) in TRAINED]
     if not trained:
         return None
-    each = sum(record["seconds"] for record in trained) / len(trained)
+    each = sum(float(record["seconds"]) for record in trained) / len(trained)
     now_at = max(since, *(record.stat().st_mtime for record in records))
     return max(0.0, (len(TRAINED) - len(trained)) * each - (time.time() - now_at))
 

@@ -91,7 +91,8 @@ def test_members_lie_on_one_run_of_one_optimizer(backbone):
                 batch_loss(backbone, pool.training, posterior, False, draw, prompts).backward()
                 optimizer.step()
     for found, wanted, before in zip(last, values(backbone), base, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+        # The pool's AdamW is fused and this one is not: a thousandth of a step apart at most (lr 1e-3).
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
         assert not torch.equal(wanted, before)
 
 
