@@ -267,7 +267,7 @@ def main(args: ArgsType = None) -> None:
     if "" not in sys.path:
         sys.path.append("")  # the working directory, where a user's own classes are; Python itself adds cli.py's folder
     if isinstance(words, list) and (not words or words[0] in ("-h", "--help")):
-        show(WELCOME)
+        print(WELCOME, flush=True)
         return
     try:
         if isinstance(words, list) and words[0] == "page":
