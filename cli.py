@@ -103,7 +103,7 @@ class CommandLine(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT.items()})
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
-        parser.link_arguments("trainer.default_root_dir", "trainer.logger.init_args.save_dir")
+        parser.link_arguments("trainer.default_root_dir", "trainer.logger.init_args.save_dir", compute_fn=run_folder)
         parser.link_arguments("model.resolution", "data.init_args.resolution", apply_on="instantiate")
         parser.link_arguments("model.parametrisation", "data.init_args.parametrisation", apply_on="instantiate")
         parser.link_arguments("model.steps", "data.init_args.steps", apply_on="instantiate")
@@ -244,9 +244,14 @@ class OnlyParsed(CommandLine):
         raise Parsed(self.config)
 
 
+def run_folder(root: str | None) -> str:
+    """Where a run writes; a config that says nothing of it can be parsed, for a verdict that decides on it later."""
+    return root or "."
+
+
 def checkpoint_folder(root: str | None) -> str:
     """Where the checkpoint of a run is kept."""
-    return str(Path(root or ".") / "checkpoints")
+    return str(Path(run_folder(root)) / "checkpoints")
 
 
 @cache

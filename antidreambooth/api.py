@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from antidreambooth.attack.methods import METHODS, Assembly, Settings, plain_weights
-from antidreambooth.attack.objectives.ratio import require_decoys
+from antidreambooth.attack.objectives.ratio import against_base, oppose_base, require_decoys
 from antidreambooth.attack.parametrisation import Shape
 from antidreambooth.attack.rounds import alternate, require_vital
 from antidreambooth.diffusion.backbone import Backbone, Posterior
@@ -33,7 +33,7 @@ from antidreambooth.photos.decoding import Photo, to_float
 from antidreambooth.photos.delivery import Delivery
 from antidreambooth.photos.given import Picture, described
 from antidreambooth.photos.regions import Region
-from antidreambooth.provenance import person_in
+from antidreambooth.provenance import base_in, person_in
 
 log = logging.getLogger("antidreambooth")
 
@@ -124,6 +124,8 @@ def cloak(
     wanted = settings or Settings()
     assembly = Assembly(chosen, replace(wanted, budget=float(budget), shape=given(shape, wanted.shape)))
     require_decoys(assembly.attack.objective)
+    if against_base(assembly.attack.objective):
+        oppose_base(assembly.attack.objective, base_of(names, chosen.surrogate == "trained"))
     where = device_named(device)
     side = shared_resolution(names, side)
     assembly.require_possible(names)
@@ -211,6 +213,31 @@ def trained_prompt(source: Source, settings: Settings) -> str:
     if prompt is None:
         log.warning("nothing says that %s was trained on the person: if it was not, use method='advdm'", source)
     return settings.prompt or prompt or settings.training.instance_prompt
+
+
+def base_of(sources: list[Source], trained: bool) -> Source:
+    """The untouched base model of a run.
+
+    Args:
+        sources: what is attacked.
+        trained: whether that was trained on the person before.
+
+    Raises:
+        InputError: there are several, or no manifest beside the model says what it was trained from.
+    """
+    first, *others = sources
+    if others:
+        raise InputError("LikelihoodRatio('base') compares with one base model: leave out ensemble")
+    if not trained:
+        return first
+    place = locate(first)
+    known = base_in(place) if isinstance(place, Path) and not first.file else None
+    if known is None:
+        raise InputError(
+            f"nothing says from which base model {first} was trained: name it, as in settings=Settings("
+            "objective=LikelihoodRatio(decoy='embedded', prompt='a photo of person'))"
+        )
+    return Source(**known)
 
 
 def whole(name: str, value: Any) -> int:

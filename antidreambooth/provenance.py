@@ -103,19 +103,43 @@ def person_in(model: Path) -> str | None:
     Raises:
         InputError: the manifest is of a run that has trained the model on nobody in particular.
     """
-    folder = model.expanduser().resolve()
-    try:
-        record = read_manifest(folder.parent) if folder.name == "model" else None
-    except InputError:  # of some other program
-        return None
+    record = _beside(model)
     if record is None:
         return None
     prompt = record["settings"]
     for key in ("model", "training", "instance_prompt"):
         prompt = prompt.get(key) if isinstance(prompt, dict) else None
     if not isinstance(prompt, str):
-        raise InputError(f"the model {model} was trained on nobody in particular, as {folder.parent / MANIFEST} says")
+        place = model.expanduser().resolve().parent / MANIFEST
+        raise InputError(f"the model {model} was trained on nobody in particular, as {place} says")
     return prompt
+
+
+def base_in(model: Path) -> dict[str, Any] | None:
+    """The base model from which a victim of this project has trained a model, as the manifest beside it says.
+
+    Args:
+        model: the trained model's folder.
+
+    Returns:
+        The arguments of a ``Source``; None where no manifest lies beside the folder, and nobody can tell.
+    """
+    record = _beside(model)
+    settings = record["settings"] if record else None
+    chosen = settings.get("model") if isinstance(settings, dict) else None
+    if not isinstance(chosen, dict) or "backbone" not in chosen:
+        return None
+    also = ("revision", "variant", "components", "frozen_weights")
+    return {"name": chosen["backbone"], **{name: chosen[name] for name in also if chosen.get(name) is not None}}
+
+
+def _beside(model: Path) -> dict[str, Any] | None:
+    """The manifest of the run that has written a ``model/``; None where there is none, or it is another program's."""
+    folder = model.expanduser().resolve()
+    try:
+        return read_manifest(folder.parent) if folder.name == "model" else None
+    except InputError:
+        return None
 
 
 def cloaked_by(photo: Path, sha256: str) -> Path | None:

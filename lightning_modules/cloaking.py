@@ -14,7 +14,7 @@ from antidreambooth.attack.canvas import STEP, Canvas
 from antidreambooth.attack.cost import counted
 from antidreambooth.attack.methods import Assembly, Method, Settings
 from antidreambooth.attack.objectives import Objective
-from antidreambooth.attack.objectives.ratio import require_decoys
+from antidreambooth.attack.objectives.ratio import against_base, decoys, oppose_base, require_decoys
 from antidreambooth.attack.parametrisation import OwnSize, Parametrisation, Shape
 from antidreambooth.attack.rounds import Outcome, Photos, alternate, require_vital
 from antidreambooth.attack.steps import StepRule
@@ -130,8 +130,11 @@ class Cloaking(BackboneModule):
         self.assembly = Assembly(self.method(), self.completed(settings), self._average)
         self.assembly.require_possible([self.source, *others])
         self.attack, self.parametrisation = self.assembly.attack, self.assembly.parametrisation
+        if others and (decoys(self.attack.objective) or against_base(self.attack.objective)):
+            raise InputError("a likelihood ratio of the run's own is of one base model: leave out --model.ensemble")
         if not self.trains_decoys:
             require_decoys(self.attack.objective)
+        oppose_base(self.attack.objective, self.source)
         self.register_buffer("perturbation", torch.empty(0))
         self.register_buffer("memory", torch.empty(0))
         self.register_buffer("passes", torch.zeros(2, dtype=torch.int64))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from antidreambooth.attack.methods import METHODS, Method, Settings
-from antidreambooth.attack.objectives.ratio import decoys
+from antidreambooth.attack.objectives.ratio import against_base, decoys
 from antidreambooth.attack.rounds import Photos
 from antidreambooth.diffusion.backbone import Checkpointing
 from antidreambooth.diffusion.source import Source
@@ -51,8 +51,6 @@ class FSMG(Cloaking):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if decoys(self.attack.objective) and self.hparams.ensemble.backbones:
-            raise InputError("one decoy is trained, for one base model: leave out --model.ensemble")
         # Lightning writes a checkpoint only after an optimizer's step, of which this method has no other: see
         # https://github.com/Lightning-AI/pytorch-lightning/issues/17167.
         self.clock = nn.Parameter(torch.zeros(()))
@@ -73,14 +71,16 @@ class FSMG(Cloaking):
 
     def build(self) -> None:
         """Also says which model of nobody was trained."""
-        for ratio in decoys(self.attack.objective):
-            if self.hparams.surrogate is None:  # a dry run; by another prompt, as equal losses have no gradient
-                ratio.trained = self.source, ""
-                continue
+        objective = self.attack.objective
+        for ratio in decoys(objective):
             place = nobody_folder(Path(self.trainer.default_root_dir), self.source) / Full.folder
             nobody = Source(str(place), frozen_weights=self.source.frozen_weights)
-            ratio.trained = nobody, instance_prompt(nobody)
+            if self.hparams.surrogate is not None:
+                ratio.known_to_run = nobody, instance_prompt(nobody)
         super().build()
+        if self.hparams.surrogate is None:  # a dry run attacks the base model itself, and equal losses have no gradient
+            for ratio in (*decoys(objective), *against_base(objective)):
+                ratio.known_to_run = self.source, ""
 
     def method(self) -> Method:
         """FSMG, or AdvDM where nothing is trained; whatever its numbers."""

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from antidreambooth.attack.methods import Method
+from antidreambooth.attack.objectives import LikelihoodRatio
 from antidreambooth.errors import DEBUG
 from cli import main
 from tests.conftest import ROOT, random_images
@@ -41,6 +43,13 @@ def pixels(path: Path) -> np.ndarray:
 def manifest(folder: Path) -> dict[str, Any]:
     """What a run says about itself."""
     return json.loads((folder / "manifest.json").read_text())
+
+
+def denoisers(method: Method) -> int:
+    """How many times a denoiser is asked for each image in a PGD step, of each base model."""
+    if method.surrogate == "none":
+        return 0
+    return method.draws * (2 if isinstance(method.objective(), LikelihoodRatio) else 1)
 
 
 def refused(arguments: list[str], *messages: str) -> None:

@@ -36,8 +36,8 @@ from antidreambooth.finetuning.lora import LoRA
 from antidreambooth.provenance import slug
 from cli import device_of, main, parsed, show
 from lightning_modules.cloaking import Cloaking
-from tests.conftest import ROOT, SURROGATE
-from tests.helpers import files, manifest, pixels, refused, start, wait_for
+from tests.conftest import ROOT, SURROGATE, contents
+from tests.helpers import denoisers, files, manifest, pixels, refused, start, wait_for
 
 OTHERS = {  # have tests of their own
     *("dreambooth", "dreambooth-lora", "textual-inversion", "pretraining", "pretraining-flow", "people")
@@ -47,6 +47,7 @@ RESUMED = ("advdm", "aspl", "decoy", "e-aspl", "fsmg", "metacloak", "pid", "sima
 CONFIGS = sorted({path.stem for path in (ROOT / "configs").glob("*.yaml")} - OTHERS)
 OWN = {"perturbation", "memory", "passes"}  # of a checkpoint
 TRAINING = DreamBooth(learning_rate=1e-3, prior=PriorPreservation(images=4))  # as `command` says by flags
+RATIO = "--model.objective={class_path: LikelihoodRatio, init_args: {decoy: %s}}"
 EACH = [pytest.param(config, marks=[] if config in QUICK else pytest.mark.slow) for config in CONFIGS]
 
 
@@ -64,6 +65,7 @@ def test_every_config_parses(config, capsys):
     method, model = METHODS[config], printed["model"]
     assert printed["trainer"]["max_epochs"] == method.rounds
     assert model["init_args"]["pgd_steps"] == method.pgd_steps
+    assert model["init_args"]["draws"] == method.draws
     assert model["class_path"].endswith({"alternating": "ASPL", "pool": "MetaCloak"}.get(method.surrogate, "FSMG"))
     adaptation = model["init_args"].get("adaptation") or {"class_path": "Full"}
     assert adaptation["class_path"].endswith(type(method.adaptation()).__name__)
@@ -71,6 +73,8 @@ def test_every_config_parses(config, capsys):
     assert method.several == bool(model["init_args"]["ensemble"]["backbones"])
     objective = model["init_args"]["objective"] or {"class_path": "Denoising"}
     assert objective["class_path"].endswith(type(method.objective()).__name__)
+    if isinstance(method.objective(), LikelihoodRatio):
+        assert objective["init_args"]["decoy"] == method.objective().decoy
     rule, wanted = model["init_args"]["step_rule"] or {"class_path": "Sign", "init_args": {}}, method.step_rule()
     assert rule["class_path"].endswith(type(wanted).__name__)
     assert all(value == getattr(wanted, name) for name, value in rule["init_args"].items())
@@ -103,8 +107,8 @@ def test_every_config_cloaks(command, config, photos, tmp_path, capsys):
         assert "samples" in events.Tags()["images"]
     assert f"{rounds}/{rounds}" in capsys.readouterr().out  # the bar counts rounds
     models = 2 if METHODS[config].several else 1
-    asked = {"none": 0}.get(METHODS[config].surrogate, 2 if config == "decoy" else 1)  # denoisers, of each model
-    steps = asked * METHODS[config].pgd_steps * 3 + (6 * 2 if learning else 0)  # images a round, of each model
+    steps = denoisers(METHODS[config]) * METHODS[config].pgd_steps * 3  # images a round, of each model
+    steps += 6 * 2 if learning else 0
     assert record["passes"]["denoiser"] == rounds * models * steps + trained
 
 
@@ -552,8 +556,7 @@ def test_a_nobody_is_drawn_and_learned_beside_the_person(command, small_model, t
     weights = [place / "model" / "unet" / "diffusion_pytorch_model.safetensors" for place in places]
     assert weights[0].read_bytes() != weights[1].read_bytes()
     first, times = files(out), [path.stat().st_mtime_ns for path in weights]
-    given = ["--model.objective=LikelihoodRatio", f"--model.objective.decoy={nobody / 'model'}"]
-    main(command("--overwrite", *given, config="decoy", rounds=1))  # the same one, by name
+    main(command("--overwrite", RATIO % (nobody / "model"), config="decoy", rounds=1))  # the same one, by name
     assert files(out)["a.png"] == first["a.png"]
     assert manifest(out)["settings"]["model"]["objective"]["decoy"] == str(nobody / "model")
     main(command("--overwrite", config="decoy", rounds=1))
@@ -561,12 +564,34 @@ def test_a_nobody_is_drawn_and_learned_beside_the_person(command, small_model, t
     assert [path.stat().st_mtime_ns for path in weights] == times  # both were reused
 
 
+def test_base_is_the_runs_own_base_model_asked_for_its_class_prompt(command, small_model, tmp_path):
+    main(command(config="ours"))
+    by_word = contents(tmp_path / "out" / "cloaked")
+    assert manifest(tmp_path / "out")["settings"]["model"]["objective"]["decoy"] == "base"
+    assert [path.name for path in (tmp_path / "out" / "surrogates").iterdir()] == [slug(str(small_model))]
+    base = f"{small_model}, prompt: a photo of person"
+    main(command("--overwrite", RATIO % base, config="ours"))
+    assert contents(tmp_path / "out" / "cloaked") == by_word
+    main(command("--overwrite", RATIO % str(small_model), config="ours"))  # the same model, by another prompt
+    assert contents(tmp_path / "out" / "cloaked") != by_word
+
+
+def test_a_surrogate_that_learns_is_compared_with_the_base_model_as_it_was(command, tmp_path):
+    main(command(RATIO % "base", config="aspl"))
+    record = manifest(tmp_path / "out")
+    assert record["complete"]
+    assert all(photo["largest_difference"] > 0 for photo in record["photos"])
+    assert record["passes"]["denoiser"] == 2 * (2 * 6 * 3 + 6 * 2)  # rounds, models, steps, photos; learning
+
+
 @pytest.mark.parametrize(
     ("config", "flags", "message"),
     [
         ("aspl", ["--model.objective=LikelihoodRatio"], "needs a model that was taught a nobody"),
         ("advdm", ["--model.objective=LikelihoodRatio"], "run configs/decoy.yaml"),
-        ("e-fsmg", ["--model.objective=LikelihoodRatio"], "one decoy is trained, for one base model"),
+        ("e-fsmg", ["--model.objective=LikelihoodRatio"], "is of one base model: leave out --model.ensemble"),
+        ("e-fsmg", [RATIO % "base"], "is of one base model: leave out --model.ensemble"),
+        ("advdm", [RATIO % "base"], "compares the base model with itself: attack a model that was trained on"),
         ("aspl", ["--model.objective=EncoderTarget"], "asks the encoder alone, which no surrogate changes"),
         ("advdm", ["--model.objective=EncoderAway"], "random_start true"),
         ("photoguard", ["--trainer.callbacks+=SampleGrid"], "leave it out of --trainer.callbacks"),

@@ -28,6 +28,7 @@ from antidreambooth.attack.objectives import (
     Transformed,
     Weighted,
 )
+from antidreambooth.attack.objectives.ratio import BASE, against_base
 from antidreambooth.attack.parametrisation import OwnSize, Parametrisation, Shape
 from antidreambooth.attack.perturbation import PGD, alone
 from antidreambooth.attack.pool import Pooled
@@ -67,6 +68,7 @@ class Method:
         several: whether it wants more than one base model.
         step_rule: what a PGD step does with the gradient.
         adaptation: what of a surrogate learns.
+        draws: of timestep and noise for each time that photos are encoded.
     """
 
     surrogate: Literal["alternating", "trained", "untouched", "none", "pool"]
@@ -76,6 +78,7 @@ class Method:
     several: bool = False
     step_rule: Callable[[], StepRule] = Sign
     adaptation: Callable[[], Adaptation] = Full
+    draws: int = 1
 
 
 def mist() -> Objective:
@@ -96,6 +99,8 @@ def metacloak() -> Objective:
     return Transformed([Blur(0.1, 2.0), Flip(), Crop(0.8)])
 
 
+FALLING = partial(Momentum, 0.95, schedule="linear")  # ours; published methods take equal steps along the sign
+
 METHODS = {
     "aspl": Method("alternating", rounds=50, pgd_steps=6),
     "t-aspl": Method("alternating", rounds=50, pgd_steps=6, objective=Targeted),
@@ -112,7 +117,8 @@ METHODS = {
     "sds": Method("untouched", rounds=10, pgd_steps=10, objective=ScoreDistillation),
     "photoguard": Method("none", rounds=20, pgd_steps=10, objective=EncoderTarget),
     "pid": Method("none", 100, 10, objective=EncoderAway, step_rule=partial(Sign, random_start=True)),
-    "decoy": Method("trained", 20, 10, objective=LikelihoodRatio, step_rule=partial(Momentum, 0.95, schedule="linear")),
+    "decoy": Method("trained", 20, 10, objective=LikelihoodRatio, step_rule=FALLING),
+    "ours": Method("trained", 7, 10, objective=partial(LikelihoodRatio, BASE), step_rule=FALLING, draws=2),
 }
 
 
@@ -129,7 +135,8 @@ class Settings:
         pgd_steps: PGD steps in a round; the method's own when not given.
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
         draws: of timestep and noise for each time that photos are encoded; a step goes along their mean gradient, as
-            expectation over transforms does (arXiv:1707.07397). One as published; a step takes longer with more.
+            expectation over transforms does (arXiv:1707.07397). The method's own when not given: one as published; a
+            step takes longer with more.
         objective: what the perturbation maximises; the method's own when not given.
         parametrisation: what of the photos PGD moves, and so what comes back: ``OwnSize`` or ``Square``.
         training: how an alternating surrogate learns; of a model that does not learn only its checkpointing counts.
@@ -148,7 +155,7 @@ class Settings:
     step_rule: StepRule | None = None
     pgd_steps: int | None = None
     micro_batch: int = 4
-    draws: int = 1
+    draws: int | None = None
     objective: Objective | None = None
     parametrisation: Parametrisation = field(default_factory=OwnSize)
     training: DreamBooth = field(default_factory=DreamBooth)
@@ -188,7 +195,7 @@ class Assembly:
             step_size=chosen.step_size,
             steps=given(chosen.pgd_steps, method.pgd_steps),
             micro_batch=chosen.micro_batch,
-            draws=chosen.draws,
+            draws=given(chosen.draws, method.draws),
             objective=chosen.objective or method.objective(),
             rule=chosen.step_rule or method.step_rule(),
             reduce=reduce,
@@ -200,6 +207,11 @@ class Assembly:
             raise InputError(
                 "the objective asks the encoder alone, which no surrogate changes: attack the base model itself "
                 "(--model.class_path FSMG --model.surrogate null, in Python method='photoguard')"
+            )
+        if against_base(objective) and method.surrogate == "untouched":
+            raise InputError(
+                "the objective compares the base model with itself: attack a model that was trained on the person "
+                "(--model.surrogate configs/dreambooth.yaml), or give another decoy"
             )
         if objective.starts_flat and not self.attack.rule.random_start:
             raise InputError(

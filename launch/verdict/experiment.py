@@ -220,7 +220,7 @@ def origin_of(name: str, how: str) -> Origin:
         return "none"
     if how == "noise":
         return "noise"
-    if how and Path(how).expanduser().is_dir():
+    if is_folder(how):
         if name in CONTROLS:
             raise InputError(f"{name!r} is the name of a control: call the protection of {how} another")
         return "elsewhere"
@@ -228,6 +228,14 @@ def origin_of(name: str, how: str) -> Origin:
         raise InputError(f"protection {name}: {how!r} is neither none, noise, a folder of photos nor a config file")
     require_config(name, how)
     return "run"
+
+
+def is_folder(how: str) -> bool:
+    """Whether this is the path of a folder; flags are often longer than any file's name may be."""
+    try:
+        return bool(how) and Path(how).expanduser().is_dir()
+    except OSError:
+        return False
 
 
 def require_config(name: str, how: str) -> None:

@@ -38,10 +38,10 @@ def test_every_method_becomes_what_its_row_says(method, small_model, small_v_mod
     row = METHODS[method]
     bare = row.surrogate == "none"
     models = [load_backbone(str(name), bare) for name in (small_model, small_v_model)[: 1 + row.several]]
-    ratio = LikelihoodRatio(str(small_model)) if method == "decoy" else None
+    ratio = LikelihoodRatio(str(small_model)) if isinstance(row.objective(), LikelihoodRatio) else None
     assembly = adopted(method, models, objective=ratio)
     made = surrogates(assembly)
-    assert assembly.attack.steps == row.pgd_steps
+    assert (assembly.attack.steps, assembly.attack.draws) == (row.pgd_steps, row.draws)
     assert type(assembly.attack.objective) is type(row.objective())
     assert type(assembly.attack.rule) is type(row.step_rule())
     kinds = {{"alternating": Alternating, "pool": Pooled}.get(row.surrogate, Fixed)}

@@ -21,7 +21,7 @@ from antidreambooth.attack.objectives import (
     Transformed,
     Weighted,
 )
-from antidreambooth.attack.objectives.ratio import decoys
+from antidreambooth.attack.objectives.ratio import against_base, decoys
 from antidreambooth.attack.parametrisation import OwnSize, Square
 from antidreambooth.attack.perturbation import PGD
 from antidreambooth.attack.rounds import Outcome, alternate
@@ -115,7 +115,7 @@ def ready(
         return backbone.encode_all(photos(3, device, 2, side), 2)
 
     assembly.adopt(models if assembly.method.several else models[:1], class_latents, seed=0)
-    for ratio in decoys(assembly.attack.objective):
+    for ratio in (*decoys(assembly.attack.objective), *against_base(assembly.attack.objective)):
         ratio.oppose(models[0], models[1], models[1].embed([PROMPT]))
     canvas = canvas_of(settings, device, side=side)
     clean = canvas_of(settings, device, 1, side)

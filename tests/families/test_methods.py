@@ -31,7 +31,7 @@ from launch.verdict.command import parser, read_experiment
 from lightning_modules.cloaking import Cloaking
 from tests.conftest import ROOT, random_images
 from tests.families.tiny import SIDE, TINY, save
-from tests.helpers import files, manifest, pixels, refused
+from tests.helpers import denoisers, files, manifest, pixels, refused
 
 MODELS = [name for name in TINY if name not in ("sd-v", "flux-schnell")]  # one of each family
 QUICK = ("flux", "sdxl")
@@ -140,10 +140,9 @@ def passes(method: str) -> dict[str, int]:
     learning = chosen.surrogate == "alternating"
     phases = {"alternating": 2, "pool": 1}.get(chosen.surrogate, 0)  # a step of each has a photo and a class image
     learned = phases * PHASE * 2
-    asked = {"none": 0}.get(chosen.surrogate, 2 if method == "decoy" else 1)
     encoded = 2 if method == "pid" else 1  # the clean photos, too
     return {
-        "denoiser": models * (asked * attacked + learned),
+        "denoiser": models * (denoisers(chosen) * attacked + learned),
         "encoder": models * (encoded * attacked + PHOTOS * learning),
     }
 

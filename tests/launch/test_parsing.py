@@ -2,7 +2,9 @@
 
 import pytest
 
-from cli import main
+import yaml
+
+from cli import main, parsed
 from tests.conftest import ROOT
 
 
@@ -53,6 +55,16 @@ def test_so_are_the_other_commands(command, capsys):
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith("error: ")
     assert "--bugdet" in told
+
+
+def test_a_config_that_names_no_folder_can_be_parsed(tmp_path):
+    """A verdict decides on the folder later."""
+    settings = yaml.safe_load((ROOT / "configs" / "aspl.yaml").read_text())
+    del settings["trainer"]["default_root_dir"]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
+    found = parsed(["fit", f"--config={tmp_path / 'own.yaml'}"])
+    assert found.model.class_path.endswith("ASPL")
+    assert found.trainer.default_root_dir is None
 
 
 @pytest.mark.parametrize("value", ["null", ""])

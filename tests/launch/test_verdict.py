@@ -198,6 +198,7 @@ def test_people_are_those_asked_for_with_the_folders_they_have(people):
         ({"protections": {"base": "none"}}, "'base' is the name of the control"),
         ({"protections": {"mine": ""}}, "mine: '' is neither"),
         ({"protections": {"mine": "nowhere"}}, "'nowhere' is neither none, noise, a folder of photos nor"),
+        ({"protections": {"mine": "far " * 100}}, "is neither none, noise, a folder of photos nor"),  # no file's name
         (
             {"protections": {"mine": "configs/nowhere.yaml --x 1"}},
             "mine: there is no config file 'configs/nowhere.yaml'",

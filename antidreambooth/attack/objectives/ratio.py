@@ -16,13 +16,16 @@ from antidreambooth.attack.objectives.denoising import Denoising
 from antidreambooth.diffusion.backbone import Backbone, Conditioning, Posterior
 from antidreambooth.diffusion.densities import TimestepSampler
 from antidreambooth.diffusion.draws import Draw
-from antidreambooth.diffusion.layout import family_of
+from antidreambooth.diffusion.layout import family_of, read_defaults
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import has_own_memory
 from antidreambooth.diffusion.source import Source, locate
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.provenance import person_in
+
+
+BASE = "base"  # instead of a decoy's name: the base model that a run attacks, or trains its surrogate from
 
 
 class LikelihoodRatio(Denoising):
@@ -34,8 +37,10 @@ class LikelihoodRatio(Denoising):
 
     Args:
         decoy: the model that was taught the nobody: the ``model/`` of ``fit -c configs/dreambooth.yaml``. FSMG trains
-            it by itself when not given, as it trains the person's.
-        prompt: what that model knows the nobody as; when not given what the manifest beside it says.
+            it by itself when not given, as it trains the person's. With ``base`` it is the run's own base model, which
+            knows nobody by name and needs no training.
+        prompt: what that model knows the nobody as; when not given what the manifest beside it says, and of ``base``
+            the class prompt.
         timesteps: how t is drawn; as the base model's fine-tuning draws it when not given.
         detached_target: see ``Denoising``.
     """
@@ -49,8 +54,8 @@ class LikelihoodRatio(Denoising):
     ) -> None:
         super().__init__(timesteps, detached_target)
         self.decoy, self.prompt = decoy, prompt
-        # A model that the run itself trains, and its prompt: not what the user has chosen, and so no setting.
-        self.trained: tuple[Source, str] | None = None
+        # A model that the run itself knows, and its prompt: not what the user has chosen, and so no setting.
+        self.known_to_run: tuple[Source, str] | None = None
         self._known: WeakKeyDictionary[Backbone, tuple[Backbone, Conditioning]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,7 +73,9 @@ class LikelihoodRatio(Denoising):
         Raises:
             InputError: it is.
         """
-        if self.decoy is not None and (kind := family_of(self.decoy)) is not family_of(source):
+        if self.decoy in (None, BASE):
+            return
+        if (kind := family_of(self.decoy)) is not family_of(source):
             raise InputError(
                 f"the decoy {self.decoy} is a {kind.family} model and the backbone {source} none: train both on the "
                 "same base model"
@@ -119,8 +126,8 @@ class LikelihoodRatio(Denoising):
 
     def _chosen(self) -> tuple[Source, str]:
         """Which model, and what it knows the nobody as."""
-        if self.trained is not None:
-            return self.trained
+        if self.known_to_run is not None:
+            return self.known_to_run
         source = Source.of(self.decoy)
         place = locate(source)
         noted = person_in(place) if isinstance(place, Path) and not source.file else None
@@ -130,6 +137,23 @@ class LikelihoodRatio(Denoising):
 def decoys(objective: Objective) -> list[LikelihoodRatio]:
     """The likelihood ratios in an objective that nobody has given a decoy."""
     return [one for one in objective.members() if isinstance(one, LikelihoodRatio) and one.decoy is None]
+
+
+def against_base(objective: Objective) -> list[LikelihoodRatio]:
+    """The likelihood ratios in an objective that compare with the run's own base model."""
+    return [one for one in objective.members() if isinstance(one, LikelihoodRatio) and one.decoy == BASE]
+
+
+def oppose_base(objective: Objective, base: Source) -> None:
+    """Tells the likelihood ratios that compare with the run's own base model which one that is.
+
+    Args:
+        objective: with such ratios in it, or without.
+        base: the base model.
+    """
+    for ratio in against_base(objective):
+        prompt = read_defaults(base).class_prompt if ratio.prompt is None else ratio.prompt
+        ratio.known_to_run = base, prompt
 
 
 def require_decoys(objective: Objective) -> None:
