@@ -8,7 +8,6 @@ how it ended, and ``log``.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -27,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from antidreambooth.files import write_json
 from page.names import given_names
+from page.records import read
 from page.texts import say
 
 PHOTOS = 30  # of a job
@@ -67,15 +67,6 @@ def create(home: Path) -> Path:
     for name in ("photos", "info", "shown"):
         (folder / name).mkdir(parents=True, mode=0o700)
     return folder
-
-
-def read(file: Path) -> dict[str, Any]:
-    """A JSON file; nothing where there is none."""
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return found
 
 
 def photos_of(folder: Path) -> list[dict[str, Any]]:

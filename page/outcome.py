@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 import time
 from pathlib import Path
 from typing import Any
+
+from page.records import read
 
 PROTECTIONS = {"none": "originals", "cloaked": "changed", "base": "nobody"}  # the verdict's words, and the page's
 TRAINED = ("originals", "changed")  # nobody's model draws only, which takes moments
@@ -46,9 +47,3 @@ def left(cells: Path, since: float) -> float | None:
     each = sum(float(record["seconds"]) for record in trained) / len(trained)
     now_at = max(since, *(record.stat().st_mtime for record in records))
     return max(0.0, (len(TRAINED) - len(trained)) * each - (time.time() - now_at))
-
-
-def read(record: Path) -> dict[str, Any]:
-    """What a cell says of itself."""
-    values: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-    return values

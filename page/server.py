@@ -30,6 +30,7 @@ from page.guard import PHOTO_BYTES, Guard, one_of, sized
 from page.models import here
 from page.names import clean_name
 from page.preview import RefusedPhoto, ask
+from page.records import read
 from page.texts import say, texts
 
 HERE = Path(__file__).parent
@@ -198,21 +199,21 @@ class Page:
 
     def start(self, folder: Path, wanted: dict[str, Any]) -> None:
         """Cloaks the photos."""
-        if jobs.read(folder / "settings.json"):
+        if read(folder / "settings.json"):
             raise jobs.Refused(say("already_started"))
         jobs.begin(folder, settings_of(wanted, self.models, self.rounds))
 
     def go_on(self, folder: Path) -> None:
         """Goes on from the last checkpoint, with the settings of before."""
-        settings = jobs.read(folder / "settings.json")
+        settings = read(folder / "settings.json")
         if not settings:
             raise jobs.Refused(say("nothing_runs"))
         jobs.begin(folder, settings)
 
     def test(self, folder: Path) -> None:
         """Trains an attacker on the changed photos, and one on the originals."""
-        settings = jobs.read(folder / "settings.json")
-        if not jobs.read(folder / "run" / "manifest.json") or not settings["model"]["testable"]:
+        settings = read(folder / "settings.json")
+        if not read(folder / "run" / "manifest.json") or not settings["model"]["testable"]:
             raise jobs.Refused(say("no_test"))
         if jobs.busy(folder):
             raise jobs.Refused(say("already_started"))
@@ -297,7 +298,7 @@ class Page:
             HTTPException: 409, it has.
         """
         folder = self.job(request)
-        if jobs.read(folder / "settings.json"):
+        if read(folder / "settings.json"):
             raise HTTPException(409, say("already_started"))
         return folder
 

@@ -24,9 +24,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from antidreambooth.files import write_json
-from page.jobs import CLOAK, ESTIMATE, FACES, KINDS, LOOK, ROOT, RUNNING, TEST, checkpoint, original, photos_of, read
+from page.jobs import CLOAK, ESTIMATE, FACES, KINDS, LOOK, ROOT, RUNNING, TEST, checkpoint, original, photos_of
 from page.models import words_of
 from page.preview import ask
+from page.records import read
 from page.texts import say
 
 COMMAND = ROOT / "cli.py"

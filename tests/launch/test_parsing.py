@@ -1,7 +1,6 @@
 """A wrong command line is told in one line: the flag, what is wrong, where to look."""
 
 import pytest
-
 import yaml
 
 from cli import main, parsed

@@ -18,6 +18,7 @@ from PIL import Image, ImageChops
 from page import jobs, server, worker
 from page.command import name_old
 from page.outcome import left
+from page.records import read
 from page.texts import say
 from tests.conftest import ROOT
 from tests.page.conftest import add, picture, settled
@@ -43,7 +44,7 @@ def at_work(found: dict) -> bool:
 
 
 def worker_of(folder) -> psutil.Process:
-    return psutil.Process(jobs.read(folder / "cloak.pid")["pid"])
+    return psutil.Process(read(folder / "cloak.pid")["pid"])
 
 
 def test_the_whole_way(client, job, folder):
@@ -156,7 +157,7 @@ def test_stop_keeps_what_there_is_and_it_can_go_on(client, job, folder, fake):
     client.post(f"/jobs/{job}/continue")
     finished = settled(folder)
     assert finished["result"]["complete"] is True
-    begun = jobs.read(folder / "run" / "manifest.json")["begun_at"]
+    begun = read(folder / "run" / "manifest.json")["begun_at"]
     assert begun == stopped["result"]["rounds"]
 
 
@@ -172,7 +173,7 @@ def test_a_killed_worker_is_interrupted_and_goes_on(client, job, folder, fake):
     fake()
     client.post(f"/jobs/{job}/continue")
     assert settled(folder)["result"]["complete"] is True
-    assert jobs.read(folder / "run" / "manifest.json")["begun_at"] >= 2
+    assert read(folder / "run" / "manifest.json")["begun_at"] >= 2
 
 
 def test_a_new_server_finds_it_all(client, job, folder, stranger):
@@ -369,7 +370,7 @@ def test_the_true_worker_goes_on_from_its_checkpoint(client, job, folder, monkey
     found = settled(folder, seconds=120)
     assert found["state"] == "done", (folder / "log").read_text()
     assert (found["result"]["complete"], found["result"]["rounds"]) == (True, 3)
-    assert jobs.read(folder / "progress.json")["step"] == 3
+    assert read(folder / "progress.json")["step"] == 3
     assert Image.open(io.BytesIO((folder / "so-far.png").read_bytes())).size == (128, 128)
     (photo,) = found["result"]["photos"]
     changed = Image.open(io.BytesIO(client.get(f"/jobs/{job}/download/{photo['id']}").content))

@@ -24,7 +24,6 @@ from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.provenance import person_in
 
-
 BASE = "base"  # instead of a decoy's name: the base model that a run attacks, or trains its surrogate from
 
 
