@@ -112,15 +112,22 @@ def test_nothing_is_no_job(client, job):
         assert client.post(f"/jobs/{job}/{what}").status_code == 409
 
 
-def test_one_job_at_a_time_across_processes(client, job, folder, home, fake):
-    fake(0.15)
+def queued_behind(client, job) -> str:
+    """Another job, started while one is at work; given back once it waits."""
     second = client.post("/jobs").json()["id"]
-    for one in (job, second):
-        add(client, one, picture())
-        client.post(f"/jobs/{one}/start")
+    add(client, job, picture())
+    client.post(f"/jobs/{job}/start")
     until(client, job, at_work)
+    add(client, second, picture())
+    client.post(f"/jobs/{second}/start")
+    until(client, second, lambda found: (found["progress"] or {}).get("phase") == "queued")
+    return second
+
+
+def test_one_job_at_a_time_across_processes(client, job, folder, home, fake):
+    fake(1.0)
+    second = queued_behind(client, job)
     waiting = state(client, second)["progress"]
-    assert waiting["phase"] == "queued"
     assert (waiting["first"]["id"], waiting["first"]["photos"]) == (job, ["me.jpg"])
     assert state(client, job)["progress"]["first"] is None
     assert settled(folder)["state"] == "done"
@@ -129,12 +136,8 @@ def test_one_job_at_a_time_across_processes(client, job, folder, home, fake):
 
 
 def test_who_waits_can_leave(client, job, folder, home, fake):
-    fake(0.5)
-    second = client.post("/jobs").json()["id"]
-    for one in (job, second):
-        add(client, one, picture())
-        client.post(f"/jobs/{one}/start")
-    until(client, job, at_work)
+    fake(1.0)
+    second = queued_behind(client, job)
     client.post(f"/jobs/{second}/stop")
     found = settled(home / second)
     assert (found["state"], found["message"]) == ("failed", say("stopped_early"))
