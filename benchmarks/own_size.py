@@ -25,11 +25,12 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from antidreambooth.attack.canvas import STEP, Canvas, Views
+from antidreambooth.attack.canvas import STEP, Canvas
 from antidreambooth.attack.methods import plain_weights
 from antidreambooth.attack.parametrisation import OwnSize, Parametrisation, Square
 from antidreambooth.attack.perturbation import PGD, random_change
 from antidreambooth.attack.surrogates import Alternating, Fixed
+from antidreambooth.attack.views import Views
 from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.seeding import Turn

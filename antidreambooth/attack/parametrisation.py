@@ -16,8 +16,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from antidreambooth.attack.basis import Basis, Pixels
-from antidreambooth.attack.canvas import Canvas, OwnSizeCanvas, SquareCanvas, Views
+from antidreambooth.attack.canvas import Canvas, OwnSizeCanvas, SquareCanvas
 from antidreambooth.attack.shaped import OwnBudgets, ShapedGrids, ShapedSquares
+from antidreambooth.attack.views import Views
 from antidreambooth.errors import InputError, require
 from antidreambooth.photos.decoding import Box, Photo, find_photos, load_photos, square, to_float
 from antidreambooth.photos.delivery import Delivered, Delivery, deliver, png, require_change, to_8bit, unchanged_photo

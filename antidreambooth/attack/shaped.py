@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from antidreambooth.attack.basis import Basis
-from antidreambooth.attack.canvas import Canvas, Looks, OwnSizeCanvas, Views
+from antidreambooth.attack.canvas import Canvas, Looks, OwnSizeCanvas
+from antidreambooth.attack.views import Views
 from antidreambooth.photos.resampling import enlarged
 from antidreambooth.photos.visibility import visible_bounds
 from antidreambooth.photos.whole import Reduced

@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from antidreambooth.attack.canvas import STEP, OwnSizeCanvas, Part, SquareCanvas, Views
+from antidreambooth.attack.canvas import STEP, OwnSizeCanvas, SquareCanvas
 from antidreambooth.attack.parametrisation import OwnSize
 from antidreambooth.attack.perturbation import PGD, random_change
 from antidreambooth.attack.rounds import alternate
 from antidreambooth.attack.steps import Momentum, NormalizedL2, Sign
 from antidreambooth.attack.surrogates import Fixed
+from antidreambooth.attack.views import Part, Views
 from antidreambooth.diffusion.seeding import Turn
 from antidreambooth.errors import InputError
 from antidreambooth.photos.resampling import viewing

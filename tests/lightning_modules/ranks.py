@@ -86,10 +86,10 @@ class Begun(Callback):
 
 
 def fit(out, name, module, data, epochs, checkpoint=None, precision="32-true", **flags):
-    """One fit; returns the folder of its checkpoint."""
+    """One fit, which keeps the checkpoint of every round; returns that of the first one."""
     root = out / name
     begun = Begun(1 if checkpoint else 0)
-    kept = ModelCheckpoint(root / "checkpoints", "last", every_n_epochs=1, enable_version_counter=False)
+    kept = ModelCheckpoint(root / "checkpoints", "{epoch}", save_top_k=-1, every_n_epochs=1)
     trainer = Trainer(
         accelerator="cpu",
         devices=RANKS,
@@ -106,7 +106,7 @@ def fit(out, name, module, data, epochs, checkpoint=None, precision="32-true", *
         **flags,
     )
     trainer.fit(module, data, ckpt_path=checkpoint)
-    return root / "checkpoints" / "last.ckpt"
+    return root / "checkpoints" / "epoch=0.ckpt"
 
 
 def main(out, model, flow, photos, names):
@@ -114,8 +114,7 @@ def main(out, model, flow, photos, names):
     for name in names:
         protect = lambda: Protection(photos, resolution=16, parametrisation=Square())  # noqa: E731
         aspl = lambda: ASPL(backbone=model, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())  # noqa: E731
-        fit(out, f"{name}_aspl", aspl(), protect(), ROUNDS)
-        half = fit(out, f"{name}_parts", aspl(), protect(), 1)
+        half = fit(out, f"{name}_aspl", aspl(), protect(), ROUNDS)
         fit(out, f"{name}_parts", aspl(), protect(), ROUNDS, half)
         fit(
             out,
@@ -132,8 +131,7 @@ def main(out, model, flow, photos, names):
         ("ddp_pool", lambda: MetaCloak(members=MEMBERS, objective=Denoising(), **square)),
         ("ddp_gradient", lambda: ASPL(objective=Denoising(LargestGradient(2, visits=1)), **square)),
     ):
-        fit(out, name, made(), protect(), ROUNDS)
-        half = fit(out, f"{name}-parts", made(), protect(), 1)
+        half = fit(out, name, made(), protect(), ROUNDS)
         fit(out, f"{name}-parts", made(), protect(), ROUNDS, half)
     for name in FLOWS:
         module = ASPL(backbone=flow, surrogate=SURROGATE, pgd_steps=2, parametrisation=Square())

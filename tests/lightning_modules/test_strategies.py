@@ -337,7 +337,7 @@ def test_what_two_ranks_wrote_one_goes_on_with(base, started, name, monkeypatch,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    checkpoint = started / f"{name}_aspl" / "checkpoints" / "last.ckpt"
+    checkpoint = started / f"{name}_aspl" / "checkpoints" / f"epoch={ROUNDS - 1}.ckpt"
     data = Protection(str(folder / "photos"), resolution=16, parametrisation=Square())
     trainer.fit(module, data, ckpt_path=str(checkpoint))
     assert trainer.current_epoch == ROUNDS + 1
