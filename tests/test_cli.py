@@ -73,8 +73,8 @@ def test_every_config_parses(config, capsys):
     assert method.several == bool(model["init_args"]["ensemble"]["backbones"])
     objective = model["init_args"]["objective"] or {"class_path": "Denoising"}
     assert objective["class_path"].endswith(type(method.objective()).__name__)
-    if isinstance(method.objective(), LikelihoodRatio):
-        assert objective["init_args"]["decoy"] == method.objective().decoy
+    if isinstance(ratio := method.objective(), LikelihoodRatio):
+        assert objective["init_args"]["decoy"] == ratio.decoy
     rule, wanted = model["init_args"]["step_rule"] or {"class_path": "Sign", "init_args": {}}, method.step_rule()
     assert rule["class_path"].endswith(type(wanted).__name__)
     assert all(value == getattr(wanted, name) for name, value in rule["init_args"].items())
