@@ -70,8 +70,9 @@ def cloak(
             components, or how weights are held (``frozen_weights``, for large models). For ``fsmg``, ``t-fsmg``,
             ``e-fsmg``, ``decoy`` and ``ours`` a model that was trained on the person, such as ``model/`` of ``fit -c
             configs/dreambooth.yaml``; the ``manifest.json`` beside such a ``model/`` says that it was, from which base
-            model, and by which prompt it knows the person. The embedded model is refused for these methods, and so is one whose manifest
-            speaks of no person; of one without a manifest, a warning says that it is not known whether it was.
+            model, and by which prompt it knows the person. The embedded model is refused for these methods, and so is
+            one whose manifest speaks of no person; of one without a manifest, a warning says that it is not known
+            whether it was.
         method: ``aspl``, ``t-aspl``, ``e-aspl``, ``fsmg``, ``t-fsmg``, ``e-fsmg``, ``advdm``, ``mist``, ``ace``,
             ``sds``, ``photoguard``, ``pid``, ``simac``, ``caat``, ``metacloak``, ``ours``, or ``decoy`` with
             ``Settings(objective=LikelihoodRatio(decoy=FOLDER))``.

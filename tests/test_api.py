@@ -17,8 +17,10 @@ from PIL import Image
 
 from antidreambooth import cloak
 from antidreambooth.attack.methods import Settings
+from antidreambooth.attack.objectives import LikelihoodRatio
 from antidreambooth.diffusion.source import EMBEDDED, Source
 from antidreambooth.errors import InputError
+from antidreambooth.finetuning.dreambooth import DreamBooth, PriorPreservation
 from antidreambooth.photos.decoding import square
 from antidreambooth.provenance import MANIFEST, person_in
 from cli import main
@@ -258,6 +260,40 @@ def test_a_manifest_speaks_of_no_other_folder(tmp_path):
     (tmp_path / MANIFEST).write_text('{"settings": [], "versions": {}}')
     with pytest.raises(InputError, match="was trained on nobody in particular"):
         person_in(tmp_path / "model")
+
+
+def test_ours_finds_the_base_model_that_the_manifest_names(given, run, small_model, small_v_model, tmp_path):
+    chosen = {"backbone": str(small_v_model), "frozen_weights": "fp32", "revision": None}
+    training = {"instance_prompt": "a photo of t@t person"}
+    manifest = json.dumps({"settings": {"model": {**chosen, "training": training}}, "versions": {}})
+    model = described_by(tmp_path / "a", small_model, manifest)
+    found = run(given, backbone=model, method="ours")
+    against = {base: LikelihoodRatio(str(base), "a photo of person") for base in (small_v_model, small_model)}
+    named = {
+        base: run(given, backbone=model, method="ours", settings=Settings(objective=o)) for base, o in against.items()
+    }
+    assert same(found, named[small_v_model])
+    assert not same(found, named[small_model])
+
+
+@pytest.mark.parametrize("manifest", ["", '{"settings": [], "versions": {}}'])
+def test_ours_wants_a_base_model_by_name_where_nothing_names_it(given, run, small_model, tmp_path, manifest):
+    model = described_by(tmp_path / "a", small_model, manifest)
+    with pytest.raises(
+        InputError, match=r"nobody in particular|nothing says from which base model .* was trained: name"
+    ):
+        run(given, backbone=model, method="ours")
+
+
+def test_a_ratio_against_the_base_model_is_of_one(given, run, small_model, small_v_model):
+    training = DreamBooth(learning_rate=1e-3, steps=1, prior=PriorPreservation(weight=0.0))
+    settings = Settings(training=training, objective=LikelihoodRatio("base"))
+    with pytest.raises(InputError, match="compares with one base model: leave out ensemble"):
+        run(given, method="e-aspl", ensemble=[small_v_model], settings=settings)
+    with pytest.raises(InputError, match="compares the base model with itself"):
+        run(given, method="advdm", settings=settings)
+    plain = run(given, method="aspl", settings=Settings(training=training))
+    assert not same(run(given, method="aspl", settings=settings), plain)
 
 
 def test_a_victims_model_is_known_by_its_manifest(given, small_model, photos, tmp_path, caplog):
