@@ -14,7 +14,7 @@ import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from launch.waiting import Meter, others, threads_beside, usable_cores
 from page.command import main as open_page
@@ -81,6 +81,16 @@ class CommandLine(LightningCLI):
     """LightningCLI that keeps all of a run in its folder."""
 
     estimate: Estimate | None = None  # of a dry run
+
+    built: ClassVar[dict[str, Any]] = {}  # what setup_parser makes, which depends on nothing but this file
+
+    def setup_parser(self, *arguments: Any) -> None:
+        """Once in a process: FSMG, a verdict and a dry run parse several command lines."""
+        if not self.built:
+            before = {*vars(self)}
+            super().setup_parser(*arguments)
+            self.built.update({name: value for name, value in vars(self).items() if name not in before})
+        vars(self).update(self.built)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One checkpoint in a fixed place, one TensorBoard log, the resolution that the model asks for."""

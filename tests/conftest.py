@@ -45,12 +45,12 @@ SURROGATE = (  # a victim of a few steps, which FSMG attacks
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked ``all_families``, unless ``-m`` names it; files with most slow tests come first.
+    """Leaves out what is marked ``thorough``, unless ``-m`` names it; files with most slow tests come first.
 
     What takes minutes must not begin last, when there is nothing left for the other worker to do.
     """
-    if "all_families" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("all_families")]
+    if "thorough" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

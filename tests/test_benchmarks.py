@@ -34,6 +34,7 @@ from cli import parsed
 from tests.conftest import ROOT
 
 TINY_RUN = argparse.Namespace(tiny=True, photos=3, micro_batch=2)
+THOROUGHLY = pytest.param("real-size", marks=[pytest.mark.slow, pytest.mark.thorough])
 
 
 def test_the_architecture_is_stable_diffusion_15():
@@ -58,7 +59,11 @@ def test_the_counter_knows_what_is_held_and_what_is_let_go():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [Mode("", bf16=False), Mode("", checkpointing=True)], ids=["fp32", "checkpointing"])
+@pytest.mark.parametrize(
+    "mode",
+    [Mode("", bf16=False), pytest.param(Mode("", checkpointing=True), marks=pytest.mark.thorough)],
+    ids=["fp32", "checkpointing"],
+)
 def test_the_count_agrees_with_the_allocator(mode):
     with fake():
         shapes = Round(TINY, mode, "cpu")
@@ -124,6 +129,7 @@ def test_zero_shares_out_what_it_says():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_fsdp2_keeps_a_share_and_gathers_a_block():
     encode, single = (memory.count(TINY, Mode("", ranks=ranks)) for ranks in (8, 1))
     assert set(encode) == set(PHASES)
@@ -151,6 +157,7 @@ def test_a_base_model_needs_a_card_that_leaves_room():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_steps_of_a_base_model_are_counted(tmp_path):
     """Against shared facts: 1.8 GiB of weights with the autoencoder in bf16, 0.2 of texts, 13 to train all of it."""
     plain, again = (family_memory.count("SD 1.5", 512, which) for which in (False, True))
@@ -169,6 +176,8 @@ def test_steps_of_a_base_model_are_counted(tmp_path):
     assert text.count("| SD 1.5 ") == len((tmp_path / "memory-families.csv").read_text().splitlines()) - 1 == 9
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_published_loop_keeps_three_models_and_looks_at_gradients_of_weights():
     found = {bf16: published(TINY, bf16, cuda=False) for bf16 in (False, True)}
     phases = ("learn 1", "learn 1+1", "PGD 4")
@@ -215,6 +224,7 @@ def read_table(file: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_speed_script_runs_anywhere(tmp_path, capsys):
     gpu_speed.main(
         [
@@ -303,7 +313,7 @@ def test_what_would_start_after_the_limit_is_not_started(stand_ins, tmp_path):
     assert first_gpu.report({}, tmp_path, "a card") == "nothing disagrees with what we claim"
 
 
-@pytest.mark.parametrize("name", ["machine", "victim-full", "distance", "real-size", "profile"])
+@pytest.mark.parametrize("name", ["machine", "victim-full", "distance", THOROUGHLY, "profile"])
 def test_a_part_of_the_script_for_the_first_gpu_runs_anywhere(tmp_path, name, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = first_gpu.parse(["--tiny", f"--work={tmp_path / 'work'}"])

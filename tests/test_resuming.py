@@ -167,7 +167,7 @@ def test_any_other_setting_is_named(command, tmp_path, flag, named):
 
 @pytest.mark.slow
 def test_killed_in_a_round_then_gone_on_is_bit_identical(command, tmp_path, noted):
-    killed = start(command(rounds=40, out="killed"))
+    killed = start(command(rounds=12, out="killed"))
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     wait_for(checkpoint.exists, killed)
     time.sleep(0.3)
@@ -175,7 +175,7 @@ def test_killed_in_a_round_then_gone_on_is_bit_identical(command, tmp_path, note
     killed.communicate()
     assert not (tmp_path / "killed" / "manifest.json").exists()
     rounds = noted(Cloaking)
-    main(command("--ckpt_path=last", rounds=40, out="killed"))
-    assert 0 < rounds[0] < 40
-    main(command(rounds=40, out="whole"))
+    main(command("--ckpt_path=last", rounds=12, out="killed"))
+    assert 0 < rounds[0] < 12
+    main(command(rounds=12, out="whole"))
     assert files(tmp_path / "whole") == files(tmp_path / "killed")

@@ -66,6 +66,11 @@ ROUNDS: dict[str, tuple[str, Settings]] = {  # each method as it is, and what a 
 }
 QUICK = ("aspl", "t-aspl", "advdm", "momentum", "l2", "transformed", "lora", "textual inversion", "own size")
 EACH = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ROUNDS]
+KINDS = ("aspl", "e-aspl", "fsmg", "simac", "pid", "ours", "textual inversion", "checkpointing", "own size, sum")
+# What is tried in several ways: all of it in one of them, of each kind of state one in the others.
+OF_EACH_KIND = [
+    pytest.param(name, marks=[] if name in KINDS else [pytest.mark.slow, pytest.mark.thorough]) for name in ROUNDS
+]
 VICTIMS: dict[str, tuple[Callable[[], Adaptation], bool]] = {  # what learns, and whether the text encoder does
     "full": (Full, True),
     "denoiser": (Full, False),

@@ -23,7 +23,7 @@ from antidreambooth.photos.decoding import to_float
 from antidreambooth.photos.delivery import to_8bit
 from benchmarks.fake_faces import FakeFaces
 from tests.conftest import hostile, random_images
-from tests.devices.paths import EACH, PROMPT, VICTIMS, a_victims_step, ready
+from tests.devices.paths import OF_EACH_KIND, PROMPT, VICTIMS, a_victims_step, ready
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,7 @@ def load(small_model, small_v_model):
     return lambda: [load_backbone(str(folder)) for folder in (small_model, small_v_model)]
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", OF_EACH_KIND)
 def test_a_round(load, name):
     expected = ready(name, load(), CPU).round()
     with hostile():

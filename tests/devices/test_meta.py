@@ -7,7 +7,7 @@ from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.finetuning.weights import Weights
 from tests.devices.fake import Shapes, empty_on
 from tests.devices.noise import same_noise
-from tests.devices.paths import EACH, VICTIMS, a_victims_step, ready
+from tests.devices.paths import OF_EACH_KIND, VICTIMS, a_victims_step, ready
 
 META = torch.device("meta")
 
@@ -25,7 +25,7 @@ def models(small_model, small_v_model):
 
 
 # An offloaded model, and the models of a pool, rest on the CPU.
-@pytest.mark.parametrize("name", [case for case in EACH if not {"offload", "metacloak"} & {*case.values}])
+@pytest.mark.parametrize("name", [case for case in OF_EACH_KIND if not {"offload", "metacloak"} & {*case.values}])
 def test_a_round(models, name):
     with same_noise(Shapes):
         outcome = ready(name, models, META, lend).round()

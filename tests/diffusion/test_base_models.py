@@ -430,8 +430,9 @@ def test_a_path_and_one_alone_are_names(small_model, small_v_model):
     assert Source.of(small_model) == Source(str(small_model))
     assert locate(Source("owner/name")) == "owner/name"
     assert Source.several(small_v_model) == Source.several([str(small_v_model)]) == [Source(str(small_v_model))]
+    quick = Settings(training=DreamBooth(learning_rate=1e-3, steps=1, prior=PriorPreservation(weight=0.0)))
     pictures = [
-        cloak(pillows(), small_model, "e-aspl", ensemble=others, rounds=1)[0].tobytes()
+        cloak(pillows(), small_model, "e-aspl", ensemble=others, settings=quick, rounds=1)[0].tobytes()
         for others in (small_v_model, [Source(str(small_v_model))])
     ]
     assert pictures[0] == pictures[1]

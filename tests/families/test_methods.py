@@ -1,7 +1,7 @@
 """Every family of base models through every method, victim and measure of the command line, one round each.
 
 Two families are in the quick tests, with all there is. Of the others the slow tests hold what differs between families
-most; ``pytest -m all_families`` runs the rest of the table.
+most; ``pytest -m thorough`` runs the rest of the table.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def often(name: str, *also: Any, when: bool = True) -> Any:
         also: other parameters.
         when: whether the slow tests hold it.
     """
-    marks = [] if name in QUICK else [pytest.mark.slow] if when else [pytest.mark.slow, pytest.mark.all_families]
+    marks = [] if name in QUICK else [pytest.mark.slow] if when else [pytest.mark.slow, pytest.mark.thorough]
     return pytest.param(name, *also, marks=marks)
 
 

@@ -499,8 +499,8 @@ def save(name: str, folder: Path, seed: int = 0) -> Path:
 
 
 def often(rows: Iterable[Any]) -> list[Any]:
-    """Parameters, each beginning with a family: all tests hold those of ``OFTEN``, ``-m all_families`` the rest."""
-    seldom = [pytest.mark.slow, pytest.mark.all_families]
+    """Parameters, each beginning with a family: all tests hold those of ``OFTEN``, ``-m thorough`` the rest."""
+    seldom = [pytest.mark.slow, pytest.mark.thorough]
     named = [(row if isinstance(row, str) else row[0], row) for row in rows]
     return [pytest.param(row, marks=[] if name in OFTEN else seldom) for name, row in named]
 

@@ -114,7 +114,7 @@ def run(model: Path, photos: Path, out: Path, *more: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.all_families) for name in TINY]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in TINY]
 )
 def test_every_family_says_what_remains(name, tmp_path, capsys, monkeypatch):
     """With the autoencoder alone, and the same the second time."""

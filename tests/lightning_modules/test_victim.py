@@ -211,17 +211,17 @@ def test_going_on_after_the_end_changes_nothing(fit, tmp_path, noted):
 
 @pytest.mark.slow
 def test_killed_then_gone_on_is_bit_identical(fit, tmp_path, noted):
-    killed = start(fit(steps=200, out="killed"))
+    killed = start(fit(steps=60, out="killed"))
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     wait_for(checkpoint.exists, killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not (tmp_path / "killed" / "manifest.json").exists()
-    assert 2 <= torch.load(checkpoint, weights_only=True)["global_step"] < 200
+    assert 2 <= torch.load(checkpoint, weights_only=True)["global_step"] < 60
     steps = noted(Victim)
-    main(fit("--ckpt_path=last", steps=200, out="killed"))
-    assert 2 <= steps[0] < 200
-    main(fit(steps=200, out="whole"))
+    main(fit("--ckpt_path=last", steps=60, out="killed"))
+    assert 2 <= steps[0] < 60
+    main(fit(steps=60, out="whole"))
     assert result(tmp_path / "whole") == result(tmp_path / "killed")
 
 
