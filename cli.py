@@ -125,7 +125,7 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also shows the terms of a model that has some, before anything else."""
-        super().parse_arguments(parser, args)
+        self.read(parser, args)
         if not self.config[self.config.subcommand].trainer.default_root_dir:
             raise InputError("--trainer.default_root_dir is empty: name a folder for what the run writes")
         require_numbers(self.config[self.config.subcommand])
@@ -133,6 +133,14 @@ class CommandLine(LightningCLI):
         for source in backbones_of(arguments):
             if notice := read_defaults(source).notice:
                 show(notice)
+
+    def read(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses; a parser that has refused something remembers part of it, and is not used again."""
+        try:
+            super().parse_arguments(parser, args)
+        except (Exception, SystemExit):
+            self.built.clear()
+            raise
 
     def before_instantiate_classes(self) -> None:
         """Decides on the precision, where the user does not: the device that will run is known now."""
@@ -246,7 +254,7 @@ class OnlyParsed(CommandLine):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Ends here: LightningCLI's constructor would go on and run it. What is built finds numbers out of range."""
-        LightningCLI.parse_arguments(self, parser, args)
+        self.read(parser, args)
         settings = self.config[self.config.subcommand]
         require_numbers(settings)
         with named(settings):
