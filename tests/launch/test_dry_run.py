@@ -74,13 +74,13 @@ def test_it_counts_the_rounds_that_are_left(command, tmp_path, everything):
     assert everything() == before
 
 
-@pytest.mark.parametrize("config", ["fsmg", "advdm", "e-fsmg", "photoguard", "decoy"])
+@pytest.mark.parametrize("config", ["fsmg", "advdm", "e-fsmg", "photoguard", "decoy", "ours"])
 def test_surrogates_count_and_are_not_trained(command, tmp_path, everything, noted, config):
     before, rounds, steps = everything(), noted(FSMG), noted(Victim)
     found = estimated(command("--dry_run", config=config)).seconds
     assert everything() == before
     assert rounds == [0, 1]
-    models = {"fsmg": 1, "advdm": 0, "e-fsmg": 2, "photoguard": 0, "decoy": 2}[config]
+    models = {"fsmg": 1, "advdm": 0, "e-fsmg": 2, "photoguard": 0, "decoy": 2, "ours": 1}[config]
     assert steps == [0, 1] * models  # the victim has two steps
     assert (found.get("training surrogates", 0) > 0) == (models > 0)
 
