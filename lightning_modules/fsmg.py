@@ -72,15 +72,15 @@ class FSMG(Cloaking):
     def build(self) -> None:
         """Also says which model of nobody was trained."""
         objective = self.attack.objective
-        for ratio in decoys(objective):
-            place = nobody_folder(Path(self.trainer.default_root_dir), self.source) / Full.folder
-            nobody = Source(str(place), frozen_weights=self.source.frozen_weights)
-            if self.hparams.surrogate is not None:
-                ratio.known_to_run = nobody, instance_prompt(nobody)
-        super().build()
         if self.hparams.surrogate is None:  # a dry run attacks the base model itself, and equal losses have no gradient
             for ratio in (*decoys(objective), *against_base(objective)):
                 ratio.known_to_run = self.source, ""
+        else:
+            for ratio in decoys(objective):
+                place = nobody_folder(Path(self.trainer.default_root_dir), self.source) / Full.folder
+                nobody = Source(str(place), frozen_weights=self.source.frozen_weights)
+                ratio.known_to_run = nobody, instance_prompt(nobody)
+        super().build()
 
     def method(self) -> Method:
         """FSMG, or AdvDM where nothing is trained; whatever its numbers."""

@@ -276,12 +276,16 @@ def test_ours_finds_the_base_model_that_the_manifest_names(given, run, small_mod
     assert not same(found, named[small_model])
 
 
-@pytest.mark.parametrize("manifest", ["", '{"settings": [], "versions": {}}'])
-def test_ours_wants_a_base_model_by_name_where_nothing_names_it(given, run, small_model, tmp_path, manifest):
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("", r"nothing says from which base model .* was trained: name it"),
+        (manifest_of("Victim", {"instance_prompt": "a photo of t@t person"}), r"nothing says from which base model"),
+    ],
+)
+def test_ours_wants_a_base_model_by_name_where_nothing_names_it(given, run, small_model, tmp_path, manifest, message):
     model = described_by(tmp_path / "a", small_model, manifest)
-    with pytest.raises(
-        InputError, match=r"nobody in particular|nothing says from which base model .* was trained: name"
-    ):
+    with pytest.raises(InputError, match=message):
         run(given, backbone=model, method="ours")
 
 

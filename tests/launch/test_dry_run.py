@@ -66,7 +66,7 @@ def test_it_counts_the_rounds_that_are_left(command, tmp_path, everything):
     main(command())
     before = everything()
     found = estimated(command("--ckpt_path=last", "--dry_run", rounds=12)).seconds
-    assert [name for name in found if re.match(r"10 rounds of [\d.]+ s$", name)]
+    assert [name for name in found if re.match(r"10 rounds of \d\.\d\d s$", name)]
     assert all(seconds >= 0 for seconds in found.values())
     assert everything() == before
     refused(command("--dry_run"), "holds a finished run")
