@@ -17,6 +17,7 @@ from antidreambooth.evaluation.results import MEASURES, Result, percent
 from antidreambooth.evaluation.statistics import RESAMPLES, Interval, Sample, Values, bootstrap, paired
 
 CONTROLS = ("none", "noise", "base")
+BASELINE = "aspl"  # the published protection that others are compared with, where it was tried
 RECOGNISED = 0.8  # a victim that draws the unprotected person in fewer of its pictures can judge no protection
 LOW = 0.2  # a face that is recognised in more of the pictures is not protected: the mirror image of RECOGNISED
 DECISIVE = ("acceptance", "joint_ism")  # of both, a fall must be shown
@@ -60,7 +61,7 @@ class Group:
 
     setting: Setting
     figures: dict[str, Interval]  # measure -> mean
-    against: dict[str, dict[str, Interval]]  # none or noise -> measure -> paired difference, setting minus control
+    against: dict[str, dict[str, Interval]]  # none, noise, baseline -> measure -> paired difference to it
     unprotected: Interval | None  # acceptance of none, same victim and condition
 
     @property
@@ -127,8 +128,10 @@ class Group:
         return [f"not shown to be better than noise of the same budget in {' and '.join(level)}"] if level else []
 
 
-def summarise(cells: Sequence[Result], *, resamples: int = RESAMPLES, seed: int = 0) -> list[Group]:
-    """One group for each setting, controls first."""
+def summarise(
+    cells: Sequence[Result], *, baseline: str = BASELINE, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Group]:
+    """One group for each setting, controls first; ``baseline`` is a protection that the others are compared with."""
     settings: dict[Setting, list[Result]] = defaultdict(list)
     for cell in cells:
         settings[setting_of(cell)].append(cell)
@@ -137,18 +140,19 @@ def summarise(cells: Sequence[Result], *, resamples: int = RESAMPLES, seed: int 
         sample = _sample(settings.get(setting, []), measure)
         return bootstrap(sample, resamples=resamples, seed=seed) if sample else None
 
-    def difference(setting: Setting, control: Setting, measure: str) -> Interval | None:
-        ours, theirs = _pairs(settings[setting], settings.get(control, []), measure)
+    def difference(setting: Setting, other: Setting, measure: str) -> Interval | None:
+        ours, theirs = _pairs(settings[setting], settings.get(other, []), measure)
         return paired(ours, theirs, resamples=resamples, seed=seed) if ours else None
 
     def group(setting: Setting) -> Group:
         none = setting._replace(protection="none", budget=0.0)
-        controls = {"none": none, "noise": setting._replace(protection="noise")}
+        names = ["noise"] if setting.protection in CONTROLS else ["noise", baseline]
+        others = {"none": none, **{name: setting._replace(protection=name) for name in names}}
         figures = _defined({name: mean(setting, name) for name in MEASURES})
         against = {
-            name: _defined({measure: difference(setting, control, measure) for measure in figures})
-            for name, control in controls.items()
-            if control != setting and control in settings
+            name: _defined({measure: difference(setting, other, measure) for measure in figures})
+            for name, other in others.items()
+            if other != setting and other in settings
         }
         return Group(setting, figures, against, mean(none, "acceptance"))
 
@@ -168,16 +172,16 @@ def _sample(cells: Iterable[Result], measure: str) -> Sample:
     return sample
 
 
-def _pairs(method: Iterable[Result], control: Iterable[Result], measure: str) -> tuple[Sample, Sample]:
+def _pairs(method: Iterable[Result], other: Iterable[Result], measure: str) -> tuple[Sample, Sample]:
     """Pictures of both for every person and victim's seed that both have; cloaks of several seeds count as one cell."""
-    ours, theirs = _by_seed(method, measure), _by_seed(control, measure)
+    ours, theirs = _by_seed(method, measure), _by_seed(other, measure)
     shared = sorted(ours.keys() & theirs.keys())
     people = sorted({person for person, _ in shared})
-    pooled, controls = (
+    pooled, others = (
         {name: [np.concatenate(values[key]) for key in shared if key[0] == name] for name in people}
         for values in (ours, theirs)
     )
-    return pooled, controls
+    return pooled, others
 
 
 def _by_seed(cells: Iterable[Result], measure: str) -> dict[tuple[str, int], list[Values]]:

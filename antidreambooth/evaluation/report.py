@@ -13,7 +13,7 @@ from urllib.parse import quote
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from antidreambooth.evaluation.judgement import LOW, RECOGNISED, Group, Setting, Status, setting_of, summarise
+from antidreambooth.evaluation.judgement import BASELINE, LOW, RECOGNISED, Group, Setting, Status, setting_of, summarise
 from antidreambooth.evaluation.prose import answer, count_recognised, of_blanks, warnings
 from antidreambooth.evaluation.results import MEASURES, Result, decimal
 from antidreambooth.evaluation.statistics import RESAMPLES, Interval
@@ -61,6 +61,7 @@ def write_report(
     notes: Sequence[str] = (),
     remarks: Sequence[str] = (),
     qualities: Qualities | None = None,
+    baseline: str = BASELINE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Path:
@@ -75,10 +76,11 @@ def write_report(
         notes: What else the reader needs to know: measures left out and how to get them, costs.
         remarks: What has to be known of the base model and the protections before a figure is read.
         qualities: Of each cloak the values of ``COSTS``; None where undefined, absent where there is none.
+        baseline: A protection that the others are compared with, as they are with none and noise.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
     """
-    groups = summarise(cells, resamples=resamples, seed=seed)
+    groups = summarise(cells, baseline=baseline, resamples=resamples, seed=seed)
     seconds = [cell.seconds for cell in cells]
     facts = {
         "title": title,
@@ -95,6 +97,7 @@ def write_report(
         "costs": COSTS,
         "mean_costs": _mean_costs(qualities or {}),
         "groups": groups,
+        "compared": ("none", "noise", baseline),
         "by_status": {s: [g for g in groups if not g.is_control and g.status is s] for s in Status},
         "victims": list(dict.fromkeys(group.setting.victim for group in groups)),
         "attacks": {key: list(found) for key, found in groupby(groups, key=lambda group: group.setting[:2])},
@@ -125,7 +128,7 @@ def _mean_costs(qualities: Qualities) -> dict[tuple[str, float], dict[str, float
 
 
 def _table(groups: Iterable[Group]) -> str:
-    """One row for each setting and measure, and one for each paired difference; ``control`` says against what."""
+    """One row for each setting and measure, and one for each paired difference; ``control`` says from what."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     keys = ("mean", "low", "high", "people", "cells", "images", "over")

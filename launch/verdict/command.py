@@ -153,6 +153,7 @@ def write_results(
         notes=[*notes, *general_notes(experiment.source)],
         remarks=[*made_elsewhere(experiment, tasks), *([STANDS_FOR] if locate(experiment.source) == EMBEDDED else [])],
         qualities=qualities,
+        baseline=experiment.baseline,
     )
     if {cell.cloak.person for cell in tasks.cells} == {OWN}:
         print(paragraph(results))

@@ -16,7 +16,7 @@ from antidreambooth.diffusion.seeding import require_seed
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError, require
 from antidreambooth.evaluation.conditions import Condition
-from antidreambooth.evaluation.judgement import CONTROLS
+from antidreambooth.evaluation.judgement import BASELINE, CONTROLS
 from launch.jobs import Launcher
 from launch.runs import is_config, located
 from launch.verdict.cell import BASE, Cell, Cloak, Origin, Person
@@ -50,6 +50,7 @@ class Experiment:
         protections: names, each with ``none``, ``noise`` (random, the whole budget in each value), a config file of a
             cloaking run and its flags, or a folder of photos that another tool has cloaked, with a folder for each
             person in it and the originals' file stems. NAME=FOLDER adds one to those of the config file.
+        baseline: the protection that the others are compared with, as they are with none and noise.
         budgets: largest changes, in 8-bit steps.
         victims: names, each with a config file of a victim and its flags.
         conditions: names, each with what happens to the photos on the way, in this order.
@@ -72,6 +73,7 @@ class Experiment:
     protections: dict[str, str] = field(
         default_factory=lambda: {"none": "none", "noise": "noise", "aspl": "configs/aspl.yaml"}
     )
+    baseline: str = BASELINE
     budgets: list[float] = field(default_factory=lambda: [8.0])
     victims: dict[str, str] = field(default_factory=lambda: {"full": "configs/dreambooth.yaml"})
     conditions: dict[str, list[Condition]] = field(default_factory=lambda: {"nothing": []})
@@ -131,6 +133,9 @@ class Experiment:
                 raise InputError(f"{name} is empty: there is nothing to try")
         if BASE in self.protections:
             raise InputError(f"{BASE!r} is the name of the control that is always there: call that protection another")
+        others = [name for name in self.protections if name not in CONTROLS]
+        if self.baseline not in (BASELINE, *others):
+            raise InputError(f"--baseline {self.baseline!r} is none of the protections: {', '.join(others)}")
         resolution_of(self.source)  # what is wrong with it is found before anybody's photos are cloaked
         family = family_of(self.source)
         for condition in (one for several in self.conditions.values() for one in several):

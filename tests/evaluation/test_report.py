@@ -204,6 +204,24 @@ def test_noise_of_another_budget_is_no_control(tmp_path):
     assert "not compared with noise of the same budget" in html
 
 
+@pytest.mark.parametrize(("baseline", "other"), [("aspl", "ours"), ("ours", "aspl")])
+def test_protections_are_compared_with_the_baseline(tmp_path, baseline, other):
+    share = {"none": 1.0, "noise": 0.875, "aspl": 0.75, "ours": 0.25}
+    for name, accepted in share.items():
+        for person in ("Ada", "Ben", "Cleo"):
+            write_cell(tmp_path, person, name, accepted, budget=0 if name == "none" else 8)
+    write_cell(tmp_path, "Ada", other, 0.5, budget=4)  # of another budget, so compared with none alone
+    html, markdown, rows = report(tmp_path, baseline=baseline)
+    found = {
+        (row["protection"], float(row["budget"])): float(row["mean"])
+        for row in rows
+        if row["control"] == baseline and row["measure"] == "acceptance"
+    }
+    assert found == {(other, 8.0): share[other] - share[baseline]}
+    assert f"| {other} 8 | {baseline} |" in markdown
+    assert f"full, minus {baseline}" in html
+
+
 def test_measures_may_be_missing(tmp_path):
     columns = tuple(column for column in COLUMNS if column not in ("stability", "brisque", "joint_ism", "distance"))
     write_cell(tmp_path, "Ada", "none", 1.0, columns=columns)

@@ -195,6 +195,8 @@ def test_people_are_those_asked_for_with_the_folders_they_have(people):
         ({"people": {"carol": Person("nowhere", "nowhere")}}, "nowhere does not exist"),
         ({"victims": {}}, "victims is empty"),
         ({"budgets": []}, "budgets is empty"),
+        ({"baseline": "mist"}, "--baseline 'mist' is none of the protections: aspl"),
+        ({"baseline": "noise"}, "--baseline 'noise' is none of the protections: aspl"),
         ({"protections": {"base": "none"}}, "'base' is the name of the control"),
         ({"protections": {"mine": ""}}, "mine: '' is neither"),
         ({"protections": {"mine": "nowhere"}}, "'nowhere' is neither none, noise, a folder of photos nor"),
