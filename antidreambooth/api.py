@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from io import BytesIO
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from antidreambooth.diffusion.layout import shared_resolution
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import computes_in_bf16, has_own_memory, unaffected
 from antidreambooth.diffusion.seeding import Turn, require_seed
-from antidreambooth.diffusion.source import EMBEDDED, Named, Source, locate
+from antidreambooth.diffusion.source import EMBEDDED, Named, Source, whole_folder
 from antidreambooth.errors import InputError, require
 from antidreambooth.finetuning.dreambooth import PriorPreservation
 from antidreambooth.photos.decoding import Photo, to_float
@@ -204,11 +203,11 @@ def trained_prompt(source: Source, settings: Settings) -> str:
         "give backbone the model/ of `fit -c configs/dreambooth.yaml`, or use method='advdm' for an untouched model"
     )
     wanted = "this method attacks a model that was trained on the person"
-    place = locate(source)
-    if place == EMBEDDED:
+    folder = whole_folder(source)
+    if folder == EMBEDDED:
         raise InputError(f"{wanted}, and the embedded one knows nobody: {advice}")
     try:
-        prompt = person_in(place) if isinstance(place, Path) and not source.file else None
+        prompt = person_in(folder) if folder else None
     except InputError as error:
         raise InputError(f"{wanted}, and {error}: {advice}") from error
     if prompt is None:
@@ -231,8 +230,8 @@ def base_of(sources: list[Source], trained: bool) -> Source:
         raise InputError("LikelihoodRatio('base') compares with one base model: leave out ensemble")
     if not trained:
         return first
-    place = locate(first)
-    known = base_in(place) if isinstance(place, Path) and not first.file else None
+    folder = whole_folder(first)
+    known = base_in(folder) if folder else None
     if known is None:
         raise InputError(
             f"nothing says from which base model {first} was trained: name it, as in settings=Settings("

@@ -125,6 +125,12 @@ def locate(source: Source) -> str | Path:
     )
 
 
+def whole_folder(source: Source) -> Path | None:
+    """The folder that holds all of a base model; None for a hub's, and where the weights are one file."""
+    place = locate(source)
+    return place if isinstance(place, Path) and not source.file else None
+
+
 def download_command(source: Source) -> str:
     """The shell command that puts what is read of a hub's model into a folder, for a machine without a network.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +18,7 @@ from antidreambooth.diffusion.draws import Draw
 from antidreambooth.diffusion.layout import family_of, read_defaults
 from antidreambooth.diffusion.loading import load_backbone
 from antidreambooth.diffusion.precision import has_own_memory
-from antidreambooth.diffusion.source import Source, locate
+from antidreambooth.diffusion.source import Source, whole_folder
 from antidreambooth.errors import InputError
 from antidreambooth.finetuning.dreambooth import DreamBooth
 from antidreambooth.provenance import person_in
@@ -128,8 +127,8 @@ class LikelihoodRatio(Denoising):
         if self.known_to_run is not None:
             return self.known_to_run
         source = Source.of(self.decoy)
-        place = locate(source)
-        noted = person_in(place) if isinstance(place, Path) and not source.file else None
+        folder = whole_folder(source)
+        noted = person_in(folder) if folder else None
         return source, self.prompt or noted or DreamBooth().instance_prompt
 
 
