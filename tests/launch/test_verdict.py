@@ -1,5 +1,6 @@
 """The verdict's launcher: which cells there are, what each runs, how it stops and goes on, what it refuses."""
 
+import csv
 import hashlib
 import io
 import json
@@ -550,6 +551,14 @@ def test_a_lost_cloak_does_not_stop_the_report(ask, people):
     experiment = experiment_of(people)
     launch.verdict.command.write_results(experiment, experiment.resolve(), {}, {})
     assert (people.parent / "e" / "index.html").is_file()
+
+
+def test_the_tables_compare_with_the_baseline_that_was_asked_for(ask, people):
+    protections = {"none": "none", "aspl": "configs/aspl.yaml", "short": "configs/aspl.yaml --trainer.max_epochs 2"}
+    ask(f"--protections={json.dumps(protections)}", "--baseline=short")
+    with (people.parent / "e" / "table.csv").open() as file:
+        compared = {(row["protection"], row["control"]) for row in csv.DictReader(file) if row["control"]}
+    assert compared == {("aspl", "none"), ("aspl", "short"), ("short", "none")}
 
 
 def test_half_a_cell_is_started_anew_and_half_a_cloak_gone_on_with(ask, fit, people):
