@@ -67,7 +67,7 @@ def cloak(
         backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id; or a ``Source``, which is one of
             these with a revision or a variant of the weights, one ``.safetensors`` file with a folder of the other
             components, or how weights are held (``frozen_weights``, for large models). For ``fsmg``, ``t-fsmg``,
-            ``e-fsmg``, ``decoy`` and ``ours`` a model that was trained on the person, such as ``model/`` of ``fit -c
+            ``e-fsmg`` and ``decoy`` a model that was trained on the person, such as ``model/`` of ``fit -c
             configs/dreambooth.yaml``; the ``manifest.json`` beside such a ``model/`` says that it was, from which base
             model, and by which prompt it knows the person. The embedded model is refused for these methods, and so is
             one whose manifest speaks of no person; of one without a manifest, a warning says that it is not known

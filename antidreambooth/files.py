@@ -24,6 +24,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 LOCK = ".lock"  # in a folder that somebody works in; left there, as removing it would let two in
 
 
+def cache_folder(kind: str) -> Path:
+    """Where a kind of thing is kept that several runs need: under ``$XDG_CACHE_HOME``, by default ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antidreambooth" / kind
+
+
 @contextmanager
 def writing(path: Path, advice: str | None = None) -> Iterator[None]:
     """Turns a refusal of the file system into one line, in a block that does nothing but write.

@@ -16,7 +16,6 @@ from jsonargparse import Namespace
 
 from antidreambooth.attack.objectives import LikelihoodRatio
 from antidreambooth.attack.parametrisation import Square
-from antidreambooth.diffusion.class_images import cache_folder
 from antidreambooth.diffusion.defaults import given
 from antidreambooth.diffusion.layout import (
     bytes_of_networks,
@@ -27,6 +26,7 @@ from antidreambooth.diffusion.layout import (
 )
 from antidreambooth.diffusion.source import Source
 from antidreambooth.errors import InputError
+from antidreambooth.files import cache_folder
 from antidreambooth.finetuning.cross_attention import CrossAttention
 from antidreambooth.photos.decoding import find_photos
 from antidreambooth.photos.original import uncompressed
@@ -199,7 +199,8 @@ def disk_line(root: Path, phases: Sequence[Sequence[Kind]], workers: int) -> str
     place = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
     line = f"disk: at most {size_of(stay)} to stay in {root}, and on the way {size_of(weights)} for weights"
     if images:
-        line += f", and {size_of(sum(images.values()))} for class images in {cache_folder()} where they are not there"
+        place_of_images, size = cache_folder("class-images"), size_of(sum(images.values()))
+        line += f", and {size} for class images in {place_of_images} where they are not there"
     line += f"; {size_of(shutil.disk_usage(place).free)} are free"
     unknown = [k for kinds in phases for k in kinds if k.photos and not isinstance(k.footprint, Footprint)]
     return line + "".join(f"; without {kind.name} ({kind.footprint})" for kind in unknown)

@@ -89,8 +89,10 @@ def dry_run(
     if isinstance(model, FSMG):
         for surrogate in untrained(model, settings, settings.overwrite):
             seconds["training surrogates"] = seconds.get("training surrogates", 0.0)
+            if surrogate.known:
+                continue
             # Pictures of nobody are not drawn yet: the person's photos cost as much.
-            there = [f"--data.photos={settings.data.init_args.photos}"] if surrogate.pictures else []
+            there = [f"--data.photos={settings.data.init_args.photos}"] if surrogate.kept else []
             seconds["training surrogates"] += sum(again([*surrogate.words, *there, "--dry_run"]).seconds.values())
             gc.collect()  # its weights
         model.hparams.surrogate = None  # the base model in its place: of the same size, so that rounds cost the same

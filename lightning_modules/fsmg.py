@@ -35,7 +35,8 @@ class FSMG(Cloaking):
         surrogate: config file of the victim that trains the surrogates on the clean photos, and its flags; they are
             kept in ``surrogates/`` of the run's folder and reused from there. With ``null`` the backbones are attacked
             as they are: base models, or a model that was trained elsewhere. A LikelihoodRatio without a decoy has one
-            more model trained and kept there, on a few pictures of nobody that the base model draws.
+            more model trained and kept there, on a few pictures of nobody that the base model draws; the next person's
+            run finds it under ``$XDG_CACHE_HOME``.
         prompt: what the attacked models know the person as; when not given what the surrogates were trained on, and
             each backbone's class prompt where there are none.
         gradient_checkpointing: less memory for about a third more time; with ``vae`` in the autoencoder alone.

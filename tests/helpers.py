@@ -49,7 +49,7 @@ def denoisers(method: Method) -> int:
     """How many times a denoiser is asked for each image in a PGD step, of each base model."""
     if method.surrogate == "none":
         return 0
-    return method.draws * (2 if isinstance(method.objective(), LikelihoodRatio) else 1)
+    return 2 if isinstance(method.objective(), LikelihoodRatio) else 1
 
 
 def refused(arguments: list[str], *messages: str) -> None:

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,16 +263,15 @@ def test_a_manifest_speaks_of_no_other_folder(tmp_path):
         person_in(tmp_path / "model")
 
 
-def test_ours_finds_the_base_model_that_the_manifest_names(given, run, small_model, small_v_model, tmp_path):
+def test_a_ratio_finds_the_base_model_that_the_manifest_names(given, run, small_model, small_v_model, tmp_path):
     chosen = {"backbone": str(small_v_model), "frozen_weights": "fp32", "revision": None}
     training = {"instance_prompt": "a photo of t@t person"}
     manifest = json.dumps({"settings": {"model": {**chosen, "training": training}}, "versions": {}})
     model = described_by(tmp_path / "a", small_model, manifest)
-    found = run(given, backbone=model, method="ours")
+    ratio = partial(run, given, backbone=model, method="decoy")
+    found = ratio(settings=Settings(objective=LikelihoodRatio("base")))
     against = {base: LikelihoodRatio(str(base), "a photo of person") for base in (small_v_model, small_model)}
-    named = {
-        base: run(given, backbone=model, method="ours", settings=Settings(objective=o)) for base, o in against.items()
-    }
+    named = {base: ratio(settings=Settings(objective=objective)) for base, objective in against.items()}
     assert same(found, named[small_v_model])
     assert not same(found, named[small_model])
 
@@ -283,10 +283,12 @@ def test_ours_finds_the_base_model_that_the_manifest_names(given, run, small_mod
         (manifest_of("Victim", {"instance_prompt": "a photo of t@t person"}), r"nothing says from which base model"),
     ],
 )
-def test_ours_wants_a_base_model_by_name_where_nothing_names_it(given, run, small_model, tmp_path, manifest, message):
+def test_a_ratio_wants_its_base_model_by_name_where_nothing_names_it(
+    given, run, small_model, tmp_path, manifest, message
+):
     model = described_by(tmp_path / "a", small_model, manifest)
     with pytest.raises(InputError, match=message):
-        run(given, backbone=model, method="ours")
+        run(given, backbone=model, method="decoy", settings=Settings(objective=LikelihoodRatio("base")))
 
 
 def test_a_ratio_against_the_base_model_is_of_one(given, run, small_model, small_v_model):

@@ -11,7 +11,7 @@ from transformers import CLIPTextModel
 
 from antidreambooth.provenance import slug
 from cli import main
-from tests.conftest import SURROGATE, contents
+from tests.conftest import ROOT, SURROGATE, contents
 from tests.helpers import files, manifest, refused
 
 RATIO = "--model.objective={class_path: LikelihoodRatio, init_args: {decoy: %s}}"
@@ -34,7 +34,8 @@ def test_a_surrogate_is_trained_once_and_on_the_clean_photos(command, photos, tm
     assert list(json.loads((surrogate / "manifest.json").read_text())["photos"]) == ["a.png", "b.jpg", "c.webp"]
 
 
-def test_a_nobody_is_drawn_and_learned_beside_the_person(command, small_model, tmp_path):
+def test_a_nobody_is_drawn_and_learned_beside_the_person(command, small_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     main(command(config="decoy", rounds=1))
     out, person = tmp_path / "out", slug(str(small_model))
     nobody, pictures = (out / "surrogates" / f"{person}-{what}" for what in ("nobody", "nobody-pictures"))
@@ -53,20 +54,58 @@ def test_a_nobody_is_drawn_and_learned_beside_the_person(command, small_model, t
     assert [path.stat().st_mtime_ns for path in weights] == times  # both were reused
 
 
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The nobodies that are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "antidreambooth" / "nobodies"
+    return lambda: {path for path in folder.iterdir() if path.is_dir()}
+
+
+def test_a_nobody_is_kept_for_the_next_person(command, small_model, tmp_path, kept):
+    someone = tmp_path / "someone"
+    someone.mkdir()
+    Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(someone / "other.png")
+
+    def cloaked(out, *flags):
+        main(command(*flags, config="decoy", rounds=1, out=out))
+        folder = tmp_path / out / "surrogates" / f"{slug(str(small_model))}-nobody"
+        return contents(tmp_path / out / "cloaked"), json.loads((folder / "surrogate.json").read_text())["passes"]
+
+    _, spent = cloaked("first")
+    (nobody,) = kept()
+    next_person, spent_again = cloaked("second", f"--data.photos={someone}")
+    assert (spent, spent_again) == ({"denoiser": 2 * 2 * 2}, {})
+    assert kept() == {nobody}
+    shutil.rmtree(nobody)
+    assert cloaked("third", f"--data.photos={someone}") == (next_person, spent)  # as if it had been trained for them
+
+
+def test_another_nobody_is_not_taken_for_it(command, tmp_path, kept):
+    own = tmp_path / "victim.yaml"
+    for changes in ("", "# as it is called, but another one\n"):
+        own.write_text((ROOT / "configs" / "dreambooth.yaml").read_text() + changes)
+        surrogate = SURROGATE.replace("configs/dreambooth.yaml", str(own))
+        main(command(f"--model.surrogate={surrogate}", config="decoy", rounds=1, out=f"own{len(changes)}"))
+    main(command("--seed_everything=1", config="decoy", rounds=1, out="seed"))
+    main(command("--model.resolution=32", config="decoy", rounds=1, out="resolution"))
+    assert len(kept()) == 4
+
+
 def test_base_is_the_runs_own_base_model_asked_for_its_class_prompt(command, small_model, tmp_path):
-    main(command(config="ours"))
+    main(command(RATIO % "base", config="decoy"))
     by_word = contents(tmp_path / "out" / "cloaked")
     assert manifest(tmp_path / "out")["settings"]["model"]["objective"]["decoy"] == "base"
     assert [path.name for path in (tmp_path / "out" / "surrogates").iterdir()] == [slug(str(small_model))]
     base = f"{small_model}, prompt: a photo of person"
-    main(command("--overwrite", RATIO % base, config="ours"))
+    main(command("--overwrite", RATIO % base, config="decoy"))
     assert contents(tmp_path / "out" / "cloaked") == by_word
-    main(command("--overwrite", RATIO % str(small_model), config="ours"))  # the same model, by another prompt
+    main(command("--overwrite", RATIO % str(small_model), config="decoy"))  # the same model, by another prompt
     assert contents(tmp_path / "out" / "cloaked") != by_word
 
 
 def test_a_surrogate_that_learns_is_compared_with_the_base_model_as_it_was(command, tmp_path):
-    main(command(RATIO % "base", config="aspl"))
+    main(command(config="ours"))
     record = manifest(tmp_path / "out")
     assert record["complete"]
     assert all(photo["largest_difference"] > 0 for photo in record["photos"])

@@ -68,7 +68,6 @@ class Method:
         several: whether it wants more than one base model.
         step_rule: what a PGD step does with the gradient.
         adaptation: what of a surrogate learns.
-        draws: of timestep and noise for each time that photos are encoded.
     """
 
     surrogate: Literal["alternating", "trained", "untouched", "none", "pool"]
@@ -78,7 +77,6 @@ class Method:
     several: bool = False
     step_rule: Callable[[], StepRule] = Sign
     adaptation: Callable[[], Adaptation] = Full
-    draws: int = 1
 
 
 def mist() -> Objective:
@@ -118,7 +116,7 @@ METHODS = {
     "photoguard": Method("none", rounds=20, pgd_steps=10, objective=EncoderTarget),
     "pid": Method("none", 100, 10, objective=EncoderAway, step_rule=partial(Sign, random_start=True)),
     "decoy": Method("trained", 20, 10, objective=LikelihoodRatio, step_rule=FALLING),
-    "ours": Method("trained", 7, 10, objective=partial(LikelihoodRatio, BASE), step_rule=FALLING, draws=2),
+    "ours": Method("alternating", rounds=38, pgd_steps=6, objective=partial(LikelihoodRatio, BASE)),
 }
 
 
@@ -135,8 +133,7 @@ class Settings:
         pgd_steps: PGD steps in a round; the method's own when not given.
         micro_batch: photos whose gradient is taken at a time; memory grows with it, the result does not change.
         draws: of timestep and noise for each time that photos are encoded; a step goes along their mean gradient, as
-            expectation over transforms does (arXiv:1707.07397). The method's own when not given: one as published; a
-            step takes longer with more.
+            expectation over transforms does (arXiv:1707.07397). One as published; a step takes longer with more.
         objective: what the perturbation maximises; the method's own when not given.
         parametrisation: what of the photos PGD moves, and so what comes back: ``OwnSize`` or ``Square``.
         training: how an alternating surrogate learns; of a model that does not learn only its checkpointing counts.
@@ -155,7 +152,7 @@ class Settings:
     step_rule: StepRule | None = None
     pgd_steps: int | None = None
     micro_batch: int = 4
-    draws: int | None = None
+    draws: int = 1
     objective: Objective | None = None
     parametrisation: Parametrisation = field(default_factory=OwnSize)
     training: DreamBooth = field(default_factory=DreamBooth)
@@ -195,7 +192,7 @@ class Assembly:
             step_size=chosen.step_size,
             steps=given(chosen.pgd_steps, method.pgd_steps),
             micro_batch=chosen.micro_batch,
-            draws=given(chosen.draws, method.draws),
+            draws=chosen.draws,
             objective=chosen.objective or method.objective(),
             rule=chosen.step_rule or method.step_rule(),
             reduce=reduce,

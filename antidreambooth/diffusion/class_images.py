@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,11 @@ from antidreambooth.diffusion.backbone import Backbone
 from antidreambooth.diffusion.precision import autocasts
 from antidreambooth.diffusion.sampling import blank, noise_of, sample
 from antidreambooth.errors import InputError
-from antidreambooth.files import writing
+from antidreambooth.files import cache_folder, writing
 from antidreambooth.photos.delivery import write_png
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 BATCH = 4  # pictures that are drawn at a time; fewer on request, as this is what needs most memory
-
-
-def cache_folder() -> Path:
-    """Where class images are kept: ``$XDG_CACHE_HOME/antidreambooth``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antidreambooth" / "class-images"
 
 
 def class_images(
@@ -96,7 +90,7 @@ def folder_of(
         "sampling_steps": backbone.defaults.sampling_steps,
         **({"autocast": str(torch.get_autocast_dtype(kind))} if autocasts(kind) else {}),
     }
-    return cache_folder() / hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder("class-images") / hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def files_of(folder: Path, count: int) -> list[Path]:

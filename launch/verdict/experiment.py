@@ -135,7 +135,8 @@ class Experiment:
             raise InputError(f"{BASE!r} is the name of the control that is always there: call that protection another")
         others = [name for name in self.protections if name not in CONTROLS]
         if self.baseline not in (BASELINE, *others):
-            raise InputError(f"--baseline {self.baseline!r} is none of the protections: {', '.join(others)}")
+            known = ", ".join(others) or "there are controls alone"
+            raise InputError(f"--baseline {self.baseline!r} is none of the protections: {known}")
         resolution_of(self.source)  # what is wrong with it is found before anybody's photos are cloaked
         family = family_of(self.source)
         for condition in (one for several in self.conditions.values() for one in several):

@@ -113,7 +113,8 @@ def test_what_is_trained_decides_what_weights_are_written(small_model):
         ("advdm", [], 0),
         ("pid", [], 0),
         ("decoy", [], 2 * whole),
-        ("ours", [], whole),
+        ("decoy", ["--model.objective.decoy=base"], whole),
+        ("ours", [], 2 * networks),
         ("decoy", ["--model.objective=LikelihoodRatio", f"--model.objective.decoy={small_model}"], whole),
         ("fsmg", [f"--model.objective={inside}"], 2 * whole),
     ):
