@@ -67,13 +67,13 @@ def cloak(
         backbone: base model: ``embedded``, a folder in diffusers layout, or a hub id; or a ``Source``, which is one of
             these with a revision or a variant of the weights, one ``.safetensors`` file with a folder of the other
             components, or how weights are held (``frozen_weights``, for large models). For ``fsmg``, ``t-fsmg``,
-            ``e-fsmg`` and ``decoy`` a model that was trained on the person, such as ``model/`` of ``fit -c
+            ``e-fsmg``, ``decoy`` and ``ours`` a model that was trained on the person, such as ``model/`` of ``fit -c
             configs/dreambooth.yaml``; the ``manifest.json`` beside such a ``model/`` says that it was, from which base
             model, and by which prompt it knows the person. The embedded model is refused for these methods, and so is
             one whose manifest speaks of no person; of one without a manifest, a warning says that it is not known
             whether it was.
         method: ``aspl``, ``t-aspl``, ``e-aspl``, ``fsmg``, ``t-fsmg``, ``e-fsmg``, ``advdm``, ``mist``, ``ace``,
-            ``sds``, ``photoguard``, ``pid``, ``simac``, ``caat``, ``metacloak``, ``ours``, or ``decoy`` with
+            ``sds``, ``photoguard``, ``pid``, ``simac``, ``caat``, ``metacloak``, or ``decoy`` and ``ours`` with
             ``Settings(objective=LikelihoodRatio(decoy=FOLDER))``.
         budget: largest change of a pixel's value, in 8-bit steps.
         shape: of the budget: ``flat``, the same for all pixels, or ``visible``: more for those at which less is seen,

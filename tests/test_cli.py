@@ -80,7 +80,7 @@ def notebook(small_model, small_v_model, photos, tmp_path):
             backbones = [str(surrogates / slug(name) / "model") for name in backbones]
         nobody = LikelihoodRatio(str(surrogates / f"{slug(str(small_model))}-nobody" / "model"))
         training = replace(TRAINING, steps=5) if method.surrogate == "pool" else TRAINING
-        settings = Settings(training=training, objective=nobody if config == "decoy" else None)
+        settings = Settings(training=training, objective=nobody if config in ("decoy", "ours") else None)
         images, (first, *others) = [Image.open(path) for path in sorted(photos.iterdir())], backbones
         cloaked = antidreambooth.cloak(
             images, first, config, ensemble=others, settings=settings, rounds=rounds, device="cpu"

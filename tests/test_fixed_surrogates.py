@@ -105,7 +105,7 @@ def test_base_is_the_runs_own_base_model_asked_for_its_class_prompt(command, sma
 
 
 def test_a_surrogate_that_learns_is_compared_with_the_base_model_as_it_was(command, tmp_path):
-    main(command(config="ours"))
+    main(command(RATIO % "base", config="aspl"))
     record = manifest(tmp_path / "out")
     assert record["complete"]
     assert all(photo["largest_difference"] > 0 for photo in record["photos"])

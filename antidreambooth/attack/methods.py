@@ -28,7 +28,7 @@ from antidreambooth.attack.objectives import (
     Transformed,
     Weighted,
 )
-from antidreambooth.attack.objectives.ratio import BASE, against_base
+from antidreambooth.attack.objectives.ratio import against_base
 from antidreambooth.attack.parametrisation import OwnSize, Parametrisation, Shape
 from antidreambooth.attack.perturbation import PGD, alone
 from antidreambooth.attack.pool import Pooled
@@ -116,8 +116,8 @@ METHODS = {
     "photoguard": Method("none", rounds=20, pgd_steps=10, objective=EncoderTarget),
     "pid": Method("none", 100, 10, objective=EncoderAway, step_rule=partial(Sign, random_start=True)),
     "decoy": Method("trained", 20, 10, objective=LikelihoodRatio, step_rule=FALLING),
-    "ours": Method("alternating", rounds=38, pgd_steps=6, objective=partial(LikelihoodRatio, BASE)),
 }
+METHODS["ours"] = METHODS["decoy"]  # of all that takes no longer than ASPL it does best: results/README.md
 
 
 @dataclass(frozen=True)

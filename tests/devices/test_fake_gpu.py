@@ -40,7 +40,7 @@ COPIES = {
     "e-fsmg": 2,
     "advdm": 1,
     **{"simac": 2, "caat": 2, "metacloak": 3},  # one for the weights of the pool's member
-    **{"mist": 1, "ace": 1, "sds": 1, "photoguard": 0, "pid": 0, "decoy": 1, "ours": 2},
+    **{"mist": 1, "ace": 1, "sds": 1, "photoguard": 0, "pid": 0, "decoy": 1, "ours": 1},
     "momentum": 1,
     "l2": 1,
     "random start": 2,

@@ -171,7 +171,7 @@ def test_photos_go_through_a_condition(small_model, kind):
 def test_a_notebook_cloaks(small_model, small_v_model, device, method):
     unchecked: Any = inspect.unwrap(cloak)
     given = random_images(3).permute(0, 2, 3, 1).numpy()
-    ratio = LikelihoodRatio(str(small_v_model)) if method == "decoy" else None
+    ratio = LikelihoodRatio(str(small_v_model)) if method in ("decoy", "ours") else None
     settings = replace(ROUND, objective=ratio)
     options = {"ensemble": [small_v_model] if METHODS[method].several else [], "settings": settings, "rounds": 2}
     cloaked = np.stack(unchecked(given, small_model, method, device=device, **options))

@@ -114,7 +114,7 @@ def test_what_is_trained_decides_what_weights_are_written(small_model):
         ("pid", [], 0),
         ("decoy", [], 2 * whole),
         ("decoy", ["--model.objective.decoy=base"], whole),
-        ("ours", [], 2 * networks),
+        ("ours", [], 2 * whole),
         ("decoy", ["--model.objective=LikelihoodRatio", f"--model.objective.decoy={small_model}"], whole),
         ("fsmg", [f"--model.objective={inside}"], 2 * whole),
     ):
