@@ -239,7 +239,8 @@ def test_every_verdict_config_parses(config, tmp_path):
     assert list(folders_of(experiment)) == names
     made = sum(how.split()[0].endswith(".yaml") for how in experiment.protections.values()) * len(experiment.budgets)
     noise = len(experiment.budgets) if "noise" in experiment.protections else 0
-    protections = 1 + noise + made  # none whatever the budget, noise, and what is made
+    none = "none" in experiment.protections  # whatever the budget
+    protections = none + noise + made
     variants = protections * len(experiment.victims) * len(experiment.conditions)
     assert len(cells) == len(names) * (1 + variants * len(experiment.victim_seeds))
     assert len(cloaks) == len(names) * made
